@@ -115,16 +115,15 @@ class Anderson:
         Returns:
           Weights ``[B, m]``, zero for rows not in use, each row summing to one.
         """
+        used = valid[None]  # [1, m]
         diagonal = jnp.diagonal(gram, axis1=1, axis2=2)  # [B, m]
-        tiny = jnp.finfo(gram.dtype).tiny
-        scale = jnp.where(valid, jnp.sqrt(jnp.maximum(diagonal, tiny)), 1)
+        length = jnp.sqrt(jnp.maximum(diagonal, jnp.finfo(gram.dtype).tiny))
         # Weights are homogeneous: measuring lengths by the shortest keeps 1 / norm in range.
-        shortest = jnp.min(jnp.where(valid, scale, jnp.inf), axis=1, keepdims=True)
-        inverse = jnp.where(valid, shortest / scale, 0)
-        eye = jnp.eye(self.memory, dtype=gram.dtype)
-        pair = valid[:, None] & valid[None, :]
-        normalised = jnp.where(pair, gram / (scale[:, :, None] * scale[:, None, :]), 0)
-        matrix = normalised + jnp.where(valid, self.ridge, 1)[None] * eye
+        shortest = jnp.min(jnp.where(used, length, jnp.inf), axis=1, keepdims=True)
+        inverse = jnp.where(used, shortest / length, 0)
+        unit = jnp.where(used, 1 / length, 0)
+        matrix = gram * unit[:, :, None] * unit[:, None, :]
+        matrix += jnp.diag(jnp.where(valid, self.ridge, 1).astype(gram.dtype))[None]
         y = _solve_positive(matrix, inverse) * inverse
         return y / jnp.sum(y, axis=1, keepdims=True)
 

@@ -1,0 +1,255 @@
+"""The implicit layer: every gradient has a second computation, and every transformation passes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import deq_jax as deq
+from deq_jax import testing
+
+TIGHT = {
+    "picard": deq.Picard(tol=1e-12, max_steps=400),
+    "anderson": deq.Anderson(tol=1e-12, max_steps=200),
+    "broyden": deq.Broyden(tol=1e-12, max_steps=200),
+}
+
+
+def cell(params, z, x):
+    """A map on a tree of two leaves with weights, an injected input and a key among its operands."""
+    keep = jax.random.bernoulli(x["key"], 0.8, z["a"].shape[1:]).astype(z["a"].dtype)
+    masked = z["a"] * keep[None]
+    a = jnp.tanh(masked @ params["W"] + z["b"].mean(axis=(1, 2))[:, None] + x["input"])
+    b = 0.3 * jnp.cos(z["b"]) * params["s"] + 0.1 * z["a"].sum(axis=1)[:, None, None]
+    return {"a": a, "b": b}
+
+
+def operands(batch=3, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "W": deq.init.orthogonal(0.4)(keys[0], (5, 5), dtype),
+        "s": jnp.asarray(0.5, dtype),
+    }
+    x = {"input": jax.random.normal(keys[1], (batch, 5), dtype), "key": keys[2]}
+    z0 = {"a": jnp.zeros((batch, 5), dtype), "b": jnp.zeros((batch, 2, 2), dtype)}
+    return params, z0, x
+
+
+def loss(params, x, z0, **options):
+    options = {"solver": deq.Anderson(tol=1e-6, max_steps=60)} | options
+    sol = deq.fixed_point(cell, params, z0, x, **options)
+    return jnp.sum(jnp.sin(sol.value["a"])) + jnp.sum(sol.value["b"] ** 2)
+
+
+def of_input(function):
+    """Turns a function of (params, x, ...) into one of (params, input): keys have no gradient."""
+    params, z0, x = operands()
+    return lambda params, value: function(params, x | {"input": value}, z0)
+
+
+def assert_trees_close(a, b, **tolerance):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, **tolerance)
+
+
+@pytest.mark.parametrize("backward", TIGHT)
+@pytest.mark.parametrize("radius", [0.5, 0.7])
+def test_gradient_is_the_closed_form(x64, radius, backward):
+    problem = testing.affine(radius=radius, dtype=jnp.float64)
+    cotangent = jnp.cos(jnp.arange(problem.z0.size, dtype=jnp.float64)).reshape(problem.z0.shape)
+    wanted = problem.vjp(cotangent)
+
+    def value(params, x):
+        return deq.fixed_point(
+            problem.f,
+            params,
+            problem.z0,
+            x,
+            solver=TIGHT["anderson"],
+            adjoint=deq.Implicit(TIGHT[backward]),
+        ).value
+
+    _, vjp = jax.vjp(value, problem.params, problem.x)
+    assert_trees_close(vjp(cotangent), wanted, rtol=1e-8, atol=1e-9)
+    z, f = problem.solution, problem.f
+    *alone, stats = deq.root_vjp(f, problem.params, z, problem.x, cotangent, TIGHT[backward])
+    assert_trees_close(tuple(alone), wanted, rtol=1e-8, atol=1e-9)
+    assert stats.converged.all()
+
+
+@pytest.mark.parametrize("backward", TIGHT)
+def test_implicit_unrolled_and_finite_differences_agree(x64, backward):
+    params, z0, x = operands(dtype=jnp.float64)
+    testing.assert_gradients_agree(cell, params, z0, x, solver=TIGHT[backward], rtol=1e-7)
+
+
+def test_long_unroll_is_the_implicit_gradient_and_one_step_is_jacobian_free(x64):
+    params, z0, x = operands(dtype=jnp.float64)
+    exact = jax.grad(loss)(params, x, z0, solver=TIGHT["anderson"])
+    unrolled = jax.grad(loss)(params, x, z0, adjoint=deq.Unroll(80), max_steps=0)
+    assert_trees_close(exact, unrolled, rtol=1e-9)
+    damped = jax.grad(loss)(
+        params, x, z0, solver=TIGHT["anderson"], adjoint=deq.Unroll(200, 0.5)
+    )
+    assert_trees_close(exact, damped, rtol=1e-9)
+    sol = deq.fixed_point(cell, params, z0, x, solver=TIGHT["anderson"])
+    one = jax.grad(loss)(params, x, z0, solver=TIGHT["anderson"], adjoint=deq.Unroll(1))
+    by_hand = jax.grad(
+        lambda p: jnp.sum(jnp.sin(cell(p, sol.value, x)["a"]))
+        + jnp.sum(cell(p, sol.value, x)["b"] ** 2)
+    )(params)
+    assert_trees_close(one, by_hand, rtol=1e-8)
+
+
+def test_phantom_gradient_by_hand(x64):
+    """Unroll(2, tau) from z*: the loss after two damped steps, differentiated by plain autodiff."""
+    params, z0, x = operands(dtype=jnp.float64)
+    z = deq.fixed_point(cell, params, z0, x, solver=TIGHT["anderson"]).value
+
+    def by_hand(params):
+        state = z
+        for _ in range(2):
+            image = cell(params, state, x)
+            state = jax.tree.map(lambda a, b: 0.3 * a + 0.7 * b, state, image)
+        return jnp.sum(jnp.sin(state["a"])) + jnp.sum(state["b"] ** 2)
+
+    ours = jax.grad(loss)(params, x, z0, solver=TIGHT["anderson"], adjoint=deq.Unroll(2, 0.7))
+    assert_trees_close(ours, jax.grad(by_hand)(params), rtol=1e-8)
+
+
+@pytest.mark.parametrize("adjoint", [deq.Implicit(deq.Picard()), deq.Unroll(3)], ids=repr)
+@pytest.mark.parametrize("budget", [None, 0])
+def test_no_gradient_reaches_the_start(adjoint, budget):
+    params, z0, x = operands()
+    grads = jax.grad(loss, argnums=2)(params, x, z0, adjoint=adjoint, max_steps=budget)
+    assert all((g == 0).all() for g in jax.tree.leaves(grads))
+
+
+def test_two_solves_before_a_backward_pass_keep_apart():
+    params, z0, x = operands()
+    twice = jax.grad(lambda p: loss(p, x, z0) + loss(jax.tree.map(lambda a: a / 2, p), x, z0))
+    first = jax.grad(loss)(params, x, z0)
+    half = jax.grad(loss)(jax.tree.map(lambda a: a / 2, params), x, z0)
+    together = jax.tree.map(lambda a, b: a + b / 2, first, half)
+    assert_trees_close(twice(params), together, rtol=1e-4, atol=1e-6)
+    _, vjp = jax.vjp(lambda p: loss(p, x, z0), params)
+    assert_trees_close(vjp(jnp.float32(1)), vjp(jnp.float32(1)))
+
+
+TRANSFORMATIONS = {
+    "jit": jax.jit,
+    "checkpoint": jax.checkpoint,
+    "scan": lambda function: lambda *a: jax.lax.scan(
+        lambda total, _: (total + function(*a), None), 0.0, None, length=1
+    )[0],
+    "vmap": lambda function: lambda *a: jax.vmap(function)(
+        *jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), a)
+    ).mean(),
+    "jit of checkpoint of scan": lambda function: jax.jit(
+        jax.checkpoint(TRANSFORMATIONS["scan"](function))
+    ),
+}
+
+
+@pytest.mark.parametrize("which", TRANSFORMATIONS)
+@pytest.mark.parametrize("solver", [deq.Anderson(tol=1e-6), deq.Broyden(tol=1e-6)], ids=repr)
+def test_transformations_inside_and_outside_of_grad(which, solver):
+    params, z0, x = operands()
+    function = of_input(lambda p, x, z0: loss(p, x, z0, solver=solver))
+    wanted = jax.grad(function, argnums=(0, 1))(params, x["input"])
+    transform = TRANSFORMATIONS[which]
+    inside = jax.grad(transform(function), argnums=(0, 1))(params, x["input"])
+    assert_trees_close(inside, wanted, rtol=1e-4, atol=1e-5)
+    if which in ("jit", "vmap"):
+        gradient = jax.grad(function, argnums=(0, 1))
+        if which == "jit":
+            outside = jax.jit(gradient)(params, x["input"])
+        else:
+            stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), (params, x["input"]))
+            outside = jax.tree.map(lambda leaf: leaf[1], jax.vmap(gradient)(*stacked))
+        assert_trees_close(outside, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_probe_carries_the_backward_statistics():
+    params, z0, x = operands()
+    sol = deq.fixed_point(cell, params, z0, x, solver=deq.Anderson(tol=1e-6))
+    backward = deq.Anderson(tol=1e-5, max_steps=40)
+    probe = deq.backward_probe(z0)
+    through = jax.grad(
+        lambda probe: loss(params, x, z0, adjoint=deq.Implicit(backward), probe=probe)
+    )(probe)
+    cotangent = {"a": jnp.cos(sol.value["a"]), "b": 2 * sol.value["b"]}
+    *_, stats = deq.root_vjp(cell, params, sol.value, x, cotangent, backward)
+    np.testing.assert_array_equal(through.num_steps, stats.num_steps)
+    np.testing.assert_array_equal(through.converged, stats.converged)
+    np.testing.assert_allclose(through.residual, stats.residual, rtol=1e-2)
+    assert (through.num_steps > 1).all()
+
+
+def test_the_backward_solver_has_its_own_tolerance_and_budget():
+    params, z0, x = operands()
+
+    def stats_of(backward):
+        return jax.grad(
+            lambda probe: loss(params, x, z0, adjoint=deq.Implicit(backward), probe=probe)
+        )(deq.backward_probe(z0))
+
+    loose, tight = stats_of(deq.Picard(tol=0.5)), stats_of(deq.Picard(tol=1e-5))
+    assert (loose.num_steps < tight.num_steps).all()
+    short = stats_of(deq.Picard(tol=1e-5, max_steps=2))
+    assert (short.num_steps == 2).all() and (short.converged == 0).all()
+
+
+def test_a_traced_budget_passes_through_grad():
+    params, z0, x = operands()
+    gradient = jax.jit(lambda budget: jax.grad(loss)(params, x, z0, max_steps=budget))
+    full = jax.grad(loss)(params, x, z0)
+    assert_trees_close(gradient(jnp.int32(60)), full, rtol=1e-5, atol=1e-6)
+    three = jax.grad(loss)(params, x, z0, max_steps=3)
+    assert_trees_close(gradient(jnp.int32(3)), three, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_state_with_float32_weights():
+    params, z0, x = operands()
+
+    def low(params, z, x):
+        image = cell(params, jax.tree.map(lambda a: a.astype(jnp.float32), z), x)
+        return jax.tree.map(lambda a: a.astype(jnp.bfloat16), image)
+
+    z0 = jax.tree.map(lambda a: a.astype(jnp.bfloat16), z0)
+
+    def low_loss(params):
+        sol = deq.fixed_point(low, params, z0, x, solver=deq.Anderson(tol=1e-2))
+        return jnp.sum(jnp.sin(sol.value["a"].astype(jnp.float32)))
+
+    def high_loss(params):
+        sol = deq.fixed_point(cell, params, operands()[1], x, solver=deq.Anderson(tol=1e-5))
+        return jnp.sum(jnp.sin(sol.value["a"]))
+
+    low_grad, high_grad = jax.grad(low_loss)(params), jax.grad(high_loss)(params)
+    assert low_grad["W"].dtype == jnp.float32
+    assert_trees_close(low_grad, high_grad, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(("steps", "damping"), [(0, 1.0), (1.5, 1.0), (3, 0.0), (3, 1.1)])
+def test_bad_unrolls_are_refused(steps, damping):
+    with pytest.raises(ValueError, match="Unroll: got"):
+        deq.Unroll(steps, damping)
+
+
+@pytest.mark.parametrize("adjoint", [None, deq.Unroll(2)], ids=repr)
+def test_an_f_of_another_dtype_is_refused_in_words(adjoint):
+    with pytest.raises(ValueError, match="wanted"):
+        deq.fixed_point(
+            lambda p, z, x: z.astype(jnp.bfloat16),
+            None,
+            jnp.ones((2, 3)),
+            solver=deq.Picard(),
+            adjoint=adjoint,
+        )
+
+
+def test_at_without_an_equation_says_what_to_do():
+    sol = deq.solve(deq.Picard(), jnp.cos, jnp.ones((1, 1)))
+    with pytest.raises(ValueError, match="pass f, params, z and x yourself"):
+        _ = sol.at
