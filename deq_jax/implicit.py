@@ -124,8 +124,8 @@ class Implicit:
         # An int is a compile-time fact, which custom_vjp must not turn into an array.
         static = max_steps if isinstance(max_steps, int) else None
         traced = None if static is not None else max_steps
-        value, stats = _implicit(f, solver, self.solver, static, params, z0, x, traced, probe)
-        return Solution(value=value, stats=stats)
+        out: Any = _implicit(f, solver, self.solver, static, params, z0, x, traced, probe)
+        return Solution(value=out[0], stats=out[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Unroll:
     ) -> Solution:
         """See `Adjoint`; there is no backward solve, so ``probe`` gets the gradient zero."""
         del probe
-        held, start, fixed = jax.tree.map(lax.stop_gradient, (params, z0, x))
+        held, start, fixed = map(lax.stop_gradient, (params, z0, x))
         sol = solve(solver, lambda z: f(held, z, fixed), start, max_steps=max_steps)
 
         def layer(z: PyTree, _: None) -> tuple[PyTree, None]:
@@ -255,8 +255,9 @@ def _implicit_fwd(
     traced: jax.Array | None,
     probe: BackwardStats | None,
 ) -> tuple[tuple[PyTree, SolveStats], Any]:
-    value, stats = _implicit(f, solver, backward, static, params, z0, x, traced, probe)
-    return (value, stats), (params, value, x, probe is not None)
+    out: Any = _implicit(f, solver, backward, static, params, z0, x, traced, probe)
+    # Whether there is a probe is a fact about the tree, not a value that a trace could hide.
+    return out, (params, out[0], x, None if probe is None else ())
 
 
 def _implicit_bwd(
@@ -270,7 +271,7 @@ def _implicit_bwd(
         residual=stats.residual,
         converged=stats.converged.astype(jnp.float32),
     )
-    return d_params, None, d_x, None, carried if probed else None
+    return d_params, None, d_x, None, None if probed is None else carried
 
 
 _implicit.defvjp(_implicit_fwd, _implicit_bwd)

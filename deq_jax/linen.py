@@ -108,4 +108,4 @@ class DEQ(nn.Module):
             max_steps=max_steps,
             probe=probe,
         )
-        return sol.replace(equation=Equation(f=f, params=params, x=operand))
+        return dataclasses.replace(sol, equation=Equation(f=f, params=params, x=operand))

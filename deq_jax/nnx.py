@@ -113,7 +113,7 @@ class DEQ(nnx.Module):
             weights = self.reparam.merge(weights)
         f, params, operand = _Map(self.graph, self.masked), (weights, self.others), x
         if self.masked:
-            cell = nnx.merge(self.graph, nnx.State(weights), self.others)
+            cell: Any = nnx.merge(self.graph, nnx.State(weights), self.others)
             operand = (x, None if key is None else cell.masks(key, z0, x))
         sol = self.fixed_point(
             f,
@@ -125,4 +125,4 @@ class DEQ(nnx.Module):
             max_steps=max_steps,
             probe=probe,
         )
-        return sol.replace(equation=Equation(f=f, params=params, x=operand))
+        return dataclasses.replace(sol, equation=Equation(f=f, params=params, x=operand))

@@ -52,7 +52,10 @@ def bodies(text):
         if name in reached or name not in named:
             continue
         reached.add(name)
-        called = r"(?:calls|to_apply|body|condition|branch_computations)=\{?([^,}\s]+(?:, ?%[^,}]+)*)"
+        called = (
+            r"(?:calls|to_apply|body|condition|branch_computations)="
+            r"\{?([^,}\s]+(?:, ?%[^,}]+)*)"
+        )
         for group in re.findall(called, named[name]):
             queue += [item.strip().lstrip("%") for item in group.split(",")]
     return [named[name] for name in reached]

@@ -16,7 +16,7 @@ TIGHT = {
 
 
 def cell(params, z, x):
-    """A map on a tree of two leaves with weights, an injected input and a key among its operands."""
+    """A map on a tree of two leaves, with an injected input and a key among its operands."""
     keep = jax.random.bernoulli(x["key"], 0.8, z["a"].shape[1:]).astype(z["a"].dtype)
     masked = z["a"] * keep[None]
     a = jnp.tanh(masked @ params["W"] + z["b"].mean(axis=(1, 2))[:, None] + x["input"])
@@ -88,15 +88,14 @@ def test_long_unroll_is_the_implicit_gradient_and_one_step_is_jacobian_free(x64)
     exact = jax.grad(loss)(params, x, z0, solver=TIGHT["anderson"])
     unrolled = jax.grad(loss)(params, x, z0, adjoint=deq.Unroll(80), max_steps=0)
     assert_trees_close(exact, unrolled, rtol=1e-9)
-    damped = jax.grad(loss)(
-        params, x, z0, solver=TIGHT["anderson"], adjoint=deq.Unroll(200, 0.5)
-    )
+    damped = jax.grad(loss)(params, x, z0, solver=TIGHT["anderson"], adjoint=deq.Unroll(200, 0.5))
     assert_trees_close(exact, damped, rtol=1e-9)
     sol = deq.fixed_point(cell, params, z0, x, solver=TIGHT["anderson"])
     one = jax.grad(loss)(params, x, z0, solver=TIGHT["anderson"], adjoint=deq.Unroll(1))
     by_hand = jax.grad(
-        lambda p: jnp.sum(jnp.sin(cell(p, sol.value, x)["a"]))
-        + jnp.sum(cell(p, sol.value, x)["b"] ** 2)
+        lambda p: (
+            jnp.sum(jnp.sin(cell(p, sol.value, x)["a"])) + jnp.sum(cell(p, sol.value, x)["b"] ** 2)
+        )
     )(params)
     assert_trees_close(one, by_hand, rtol=1e-8)
 
@@ -139,12 +138,14 @@ def test_two_solves_before_a_backward_pass_keep_apart():
 TRANSFORMATIONS = {
     "jit": jax.jit,
     "checkpoint": jax.checkpoint,
-    "scan": lambda function: lambda *a: jax.lax.scan(
-        lambda total, _: (total + function(*a), None), 0.0, None, length=1
-    )[0],
-    "vmap": lambda function: lambda *a: jax.vmap(function)(
-        *jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), a)
-    ).mean(),
+    "scan": lambda function: (
+        lambda *a: jax.lax.scan(lambda total, _: (total + function(*a), None), 0.0, None, length=1)[
+            0
+        ]
+    ),
+    "vmap": lambda function: (
+        lambda *a: jax.vmap(function)(*jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), a)).mean()
+    ),
     "jit of checkpoint of scan": lambda function: jax.jit(
         jax.checkpoint(TRANSFORMATIONS["scan"](function))
     ),

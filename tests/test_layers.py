@@ -146,9 +146,9 @@ def test_the_equation_feeds_the_penalty_and_the_spectral_radius(which):
         sol = deq_jax.nnx.DEQ(NnxCell(nnx.Rngs(0)), solver=SOLVER)(z0, x)
     f, params, z, operands = sol.at
     np.testing.assert_allclose(f(params, z, operands), z, atol=1e-5)
-    jacobian = jax.vmap(
-        lambda z, x: jax.jacrev(lambda v: f(params, v[None], x[None])[0])(z)
-    )(z, operands)
+    jacobian = jax.vmap(lambda z, x: jax.jacrev(lambda v: f(params, v[None], x[None])[0])(z))(
+        z, operands
+    )
     exact = jnp.sum(jacobian**2) / z.size
     estimate = deq.frobenius_penalty(*sol.at, key=jax.random.key(0), probes=2000)
     np.testing.assert_allclose(estimate, exact, rtol=0.05)
@@ -195,7 +195,8 @@ def test_nnx_layers_train_with_nnx_transformations():
     @nnx.jit
     def step(layer):
         value, grads = nnx.value_and_grad(lambda m: jnp.sum((m(z0, x).value - 0.3) ** 2))(layer)
-        nnx.update(layer, jax.tree.map(lambda p, g: p - 0.1 * g, nnx.state(layer, nnx.Param), grads))
+        weights = nnx.state(layer, nnx.Param)
+        nnx.update(layer, jax.tree.map(lambda p, g: p - 0.1 * g, weights, grads))
         return value
 
     losses = [float(step(layer)) for _ in range(10)]

@@ -108,9 +108,7 @@ class Broyden:
         return z + s, BroydenState(state.k + 1, steps, gram)
 
 
-def _coefficients(
-    gram: jax.Array, p: jax.Array, filled: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _coefficients(gram: jax.Array, p: jax.Array, filled: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Weights of the steps in -H g, and the inner product that scales the next step.
 
     With v_0 = -g and v_{j+1} = v_j + c_j s_{j+1}, c_j = s_j^T v_j / norm(s_j)^2, the last v is H g.

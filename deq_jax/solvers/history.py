@@ -42,9 +42,7 @@ def write(history: History, slot: jax.Array, v: jax.Array) -> History:
     for block in history:
         stop = start + block.shape[1]
         here = (start <= slot) & (slot < stop)
-        blocks.append(
-            lax.cond(here, put, lambda block, v, row: block, block, v, slot - start)
-        )
+        blocks.append(lax.cond(here, put, lambda block, v, row: block, block, v, slot - start))
         start = stop
     return tuple(blocks)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from deq_jax.tree import PyTree
 AXIS = "data"
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """Arranges devices in one axis, ``data``.
 
     Args:
@@ -104,7 +105,7 @@ def sharded_fixed_point(mesh: Mesh) -> Callable[..., Solution]:
                 "batch size, or pad the last batch and mask it"
             )
         static = max_steps is None or isinstance(max_steps, int)
-        budget = () if static else (max_steps,)
+        budget = [] if max_steps is None or static else [jnp.asarray(max_steps)]
 
         def local(
             params: PyTree, z0: PyTree, x: PyTree, probe: BackwardStats | None, *budget: jax.Array

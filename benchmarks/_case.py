@@ -1,0 +1,124 @@
+"""Measure one case, given as JSON on the command line, and print one line of JSON.
+
+A process for each case makes the number of threads and the peak memory belong to that case alone.
+"""
+
+import ctypes
+import json
+import os
+import statistics
+import sys
+import time
+
+
+def limit_threads(threads: int) -> None:
+    """Bind the process to `threads` CPUs; to be called before JAX or PyTorch is imported.
+
+    XLA sizes its pools by the CPUs it may run on, PyTorch and BLAS by OMP_NUM_THREADS.
+
+    Args:
+        threads: how many.
+
+    Raises:
+        ValueError: if the machine has fewer.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    if threads > len(allowed):
+        raise ValueError(f"{threads} threads wanted, {len(allowed)} CPUs here: lower --threads")
+    os.sched_setaffinity(0, allowed[:threads])
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def memory_mb(field: str) -> float:
+    """VmRSS (now) or VmHWM (the highest since the last reset) of this process.
+
+    Args:
+        field: the line's name in /proc/self/status.
+
+    Returns:
+        Mebibytes.
+    """
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
+
+
+def peak_mb(run) -> float:
+    """How far one run lifts the resident memory above what its inputs, libraries and program take.
+
+    Args:
+        run: called once, for the first time, so that no pool has been filled before.
+
+    Returns:
+        Mebibytes.
+    """
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")
+    before = memory_mb("VmRSS")
+    run()
+    return memory_mb("VmHWM") - before
+
+
+def times_ms(runs: list, repeats: int, seconds: float = 6.0) -> list[list[tuple[float, float]]]:
+    """Wall times of warm runs, taken in turns so that a disturbance of the machine hits all alike.
+
+    Args:
+        runs: what to time; each blocks until done.
+        repeats: rounds, unless `seconds` are over and three are done.
+        seconds: the budget.
+
+    Returns:
+        For each of `runs`, (wall, CPU of all threads) milliseconds of every round.
+    """
+    for run in runs:
+        run()
+    times, end = [[] for _ in runs], time.perf_counter() + seconds
+    while len(times[0]) < repeats and (len(times[0]) < 3 or time.perf_counter() < end):
+        for run, out in zip(runs, times, strict=True):
+            start, start_cpu = time.perf_counter(), time.process_time()
+            run()
+            wall, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+            out.append((1e3 * wall, 1e3 * cpu))
+    return times
+
+
+def measure(fields: dict, repeats: int) -> dict:
+    """Build a case and measure it.
+
+    Args:
+        fields: of `Case`.
+        repeats: timed runs.
+
+    Returns:
+        The fields and, in milliseconds, ms and evaluation_ms (medians), best_ms (the quickest
+        round) and cpu_ms (median CPU time of all threads), the last two for machines that are not
+        idle; ratio, ms over steps * evaluation_ms; peak_mb; check, sums of the answer.
+    """
+    from benchmarks._peers import Case, build
+
+    case = Case(**fields)
+    program = build(case)
+    program.evaluate()
+    peak = peak_mb(program.run)
+    runs, evaluations = times_ms([program.run, program.evaluate], repeats)
+    walls, cpus = zip(*runs, strict=True)
+    ms = statistics.median(walls)
+    evaluation_ms = statistics.median(wall for wall, _ in evaluations) / case.steps
+    check = [float(abs(a.astype("float64")).sum()) for a in program.answer()]
+    return fields | {
+        "ms": ms,
+        "best_ms": min(walls),
+        "cpu_ms": statistics.median(cpus),
+        "evaluation_ms": evaluation_ms,
+        "ratio": ms / (case.steps * evaluation_ms),
+        "peak_mb": peak,
+        "check": check,
+    }
+
+
+if __name__ == "__main__":
+    request = json.loads(sys.argv[1])
+    limit_threads(request["case"]["threads"])
+    print(json.dumps(measure(request["case"], request["repeats"])))

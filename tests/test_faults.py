@@ -1,0 +1,162 @@
+"""A whole program under faults: what it says, what it leaves, and that nothing is lost.
+
+Every test runs tests/training_example.py as a user would.  After each fault the same command, run
+again, must end with the very bits of a run that nothing happened to.
+"""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = Path(__file__).with_name("training_example.py")
+
+
+def launch(workdir, *args, prefix=(), limit=None):
+    def lower_limit():
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    command = [*prefix, sys.executable, str(PROGRAM), f"--workdir={workdir}", *args]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lower_limit,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def final(workdir):
+    with np.load(Path(workdir) / "final.npz") as leaves:
+        return {name: leaves[name].tobytes() for name in leaves.files}
+
+
+def snapshot(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    done = launch(folder)
+    assert (done.returncode, done.stdout) == (0, "finished\n"), done.stderr
+    return final(folder)
+
+
+@pytest.fixture(scope="module")
+def halted(tmp_path_factory):
+    """A run that SIGTERM stopped after step 15, with checkpoints of steps 12 and 15."""
+    folder = tmp_path_factory.mktemp("halted") / "run"
+    done = launch(folder, "--data.die_at=14", f"--data.die_by={signal.SIGTERM}")
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert "stopped by SIGTERM after step 15 of 30; run the same command again" in done.stderr
+    assert done.stdout == ""
+    return folder
+
+
+@pytest.fixture
+def workdir(halted, tmp_path):
+    return shutil.copytree(halted, tmp_path / "run")
+
+
+def test_sigterm_then_the_same_command(workdir, straight):
+    done = launch(workdir)
+    assert (done.returncode, done.stdout) == (0, "finished\n"), done.stderr
+    assert "at step 15" in done.stderr
+    assert final(workdir) == straight
+
+
+def test_kill_9_at_any_time_even_while_a_checkpoint_is_written(tmp_path, straight):
+    for number in np.sort(np.random.default_rng(3).choice(28, size=4, replace=False)) + 1:
+        # A checkpoint at every step: one is always under way when the program dies.
+        done = launch(
+            tmp_path, "--train.checkpoint_every=1", f"--data.die_at={number}", "--data.die_by=9"
+        )
+        assert done.returncode == -signal.SIGKILL
+    done = launch(tmp_path, "--train.checkpoint_every=1")
+    assert done.returncode == 0, done.stderr
+    assert "cannot be used" not in done.stderr
+    assert final(tmp_path) == straight
+
+
+def truncate(checkpoint):
+    for path in checkpoint.rglob("*"):
+        if path.is_file() and path.stat().st_size > 100:
+            os.truncate(path, path.stat().st_size // 2)
+
+
+def test_a_truncated_checkpoint_gives_the_one_before(workdir, straight):
+    os.truncate(workdir / "checkpoints" / "000000015" / "state" / "_METADATA", 40)
+    done = launch(workdir)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint of step 15 cannot be used (its file state/_METADATA has 40" in done.stderr
+    assert "falling back to the checkpoint of step 12" in done.stderr
+    assert (workdir / "checkpoints" / "damaged-000000015-0").is_dir()
+    assert final(workdir) == straight
+
+
+def test_when_all_checkpoints_are_truncated_the_program_says_so_and_touches_nothing(workdir):
+    for checkpoint in (workdir / "checkpoints").iterdir():
+        truncate(checkpoint)
+    before = snapshot(workdir / "checkpoints")
+    done = launch(workdir)
+    assert done.returncode == 1
+    assert "error: no checkpoint in" in done.stderr
+    assert "nothing was changed; move that folder away" in done.stderr
+    assert snapshot(workdir / "checkpoints") == before
+
+
+def test_a_workdir_of_another_configuration_is_refused(workdir):
+    before = snapshot(workdir)
+    done = launch(workdir, "--solver.tol=0.5")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: workdir")
+    assert "solver.tol: 0.01 there, 0.5 now" in done.stderr
+    assert snapshot(workdir) == before
+
+
+@pytest.mark.parametrize("limit", [2_000, 4_000])
+def test_files_that_cannot_be_written_in_full_lose_nothing(workdir, straight, limit):
+    """A limit on the size of files fails in the same place as a full disk, for every user."""
+    done = launch(workdir, limit=limit)
+    assert done.returncode == 1, done.stderr
+    assert "could not be written" in done.stderr
+    assert "the checkpoint of step 15 is intact" in done.stderr
+    done = launch(workdir)
+    assert done.returncode == 0, done.stderr
+    assert final(workdir) == straight
+
+
+def own_disk(size, folder):
+    """Command prefix: a file system of its own, of `size` bytes, that nobody else sees."""
+    script = f'mount -t tmpfs -o size={size} tmpfs {folder} && cp -r "$0"/. {folder} && exec "$@"'
+    return ["unshare", "--map-root-user", "--mount", "sh", "-c", script]
+
+
+def test_a_disk_that_is_really_full(workdir, tmp_path):
+    if not shutil.which("unshare"):
+        pytest.skip("needs unshare, to mount a small disk")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    probe = subprocess.run([*own_disk("1m", disk), str(workdir), "true"], capture_output=True)
+    if probe.returncode:
+        pytest.skip("this user may not mount a small disk")
+    files = [path.stat().st_size for path in workdir.rglob("*") if path.is_file()]
+    used = 4 * sum(-(-size // 4096) for size in files)  # KiB, in pages
+    done = launch(disk, prefix=[*own_disk(f"{used + 20}k", disk), str(workdir)])
+    assert done.returncode == 1, done.stderr
+    assert "the disk is full" in done.stderr
+    assert "the checkpoint of step 15 is intact" in done.stderr

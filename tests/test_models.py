@@ -1,0 +1,145 @@
+"""Layers and models: values and gradients against plain operations, shapes, gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from deq_jax.models import layers
+
+
+def plain_conv(x, kernel, strides):
+    """What conv2d must equal, with every gradient by JAX's own rules."""
+    return lax.conv_general_dilated(
+        x, kernel, (strides, strides), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+CASES = [
+    # size, window, strides
+    ((8, 8), 3, 1),
+    ((7, 9), 3, 1),
+    ((8, 8), 3, 2),
+    ((7, 9), 3, 2),
+    ((7, 5), 5, 2),
+    ((6, 6), 1, 1),
+    ((7, 8), 1, 2),
+    ((5, 5), 2, 1),
+    ((7, 7), 3, 3),
+]
+
+
+@pytest.fixture(params=CASES, ids=lambda c: f"{c[0][0]}x{c[0][1]}-k{c[1]}-s{c[2]}")
+def conv_case(request):
+    size, window, strides = request.param
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x = jnp.asarray(rng.normal(size=(2, *size, 3)))
+        kernel = jnp.asarray(rng.normal(size=(window, window, 3, 4)))
+        yield x, kernel, strides
+
+
+def test_conv_value_and_first_gradients(conv_case):
+    x, kernel, strides = conv_case
+    ours, pull = jax.vjp(lambda x, k: layers.conv2d(x, k, strides=strides), x, kernel)
+    theirs, plain_pull = jax.vjp(lambda x, k: plain_conv(x, k, strides), x, kernel)
+    assert ours.dtype == jnp.float64
+    np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=ours.shape))
+    for a, b in zip(pull(cotangent), plain_pull(cotangent), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_conv_second_order(conv_case):
+    """The gradient of a squared vjp, which is what the Jacobian penalty asks for."""
+    x, kernel, strides = conv_case
+    probe = jnp.asarray(np.random.default_rng(2).normal(size=plain_conv(x, kernel, strides).shape))
+
+    def penalty(conv, x, kernel):
+        def two_layers(x):
+            return jnp.tanh(conv(jnp.sin(x), kernel, strides))
+
+        return jnp.sum(jax.vjp(two_layers, x)[1](probe)[0] ** 2)
+
+    def our_conv(x, kernel, strides):
+        return layers.conv2d(x, kernel, strides=strides)
+
+    ours = jax.grad(lambda x, k: penalty(our_conv, x, k), (0, 1))
+    theirs = jax.grad(lambda x, k: penalty(plain_conv, x, k), (0, 1))
+    for a, b in zip(ours(x, kernel), theirs(x, kernel), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_conv_third_order():
+    rng = np.random.default_rng(3)
+    with jax.enable_x64(True):
+        x = jnp.asarray(rng.normal(size=(1, 5, 5, 2)))
+        kernel = jnp.asarray(rng.normal(size=(3, 3, 2, 2)))
+
+        def nested(conv):
+            first = jax.grad(lambda x: jnp.sum(jnp.sin(conv(x, kernel, 2))))
+            second = jax.grad(lambda x: jnp.sum(first(x) ** 2))
+            return jax.grad(lambda x: jnp.sum(second(x) ** 2))(x)
+
+        ours = nested(lambda x, k, s: layers.conv2d(x, k, strides=s))
+        np.testing.assert_allclose(ours, nested(plain_conv), rtol=1e-10, atol=1e-10)
+
+
+def test_conv_input_gradient_keeps_the_layout():
+    """No operand of any convolution in the input gradient leaves NHWC / HWIO."""
+    x, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 4))
+    pull = jax.vjp(lambda x: layers.conv2d(x, kernel, strides=2), x)[1]
+    found = []
+    for eqn in jax.make_jaxpr(pull)(jnp.ones((2, 4, 4, 4))).eqns:
+        for sub in [eqn, *getattr(eqn.params.get("jaxpr"), "eqns", [])]:
+            if sub.primitive.name == "conv_general_dilated":
+                found.append(sub.params["dimension_numbers"])
+    assert found and all(n.lhs_spec == (0, 3, 1, 2) and n.rhs_spec == (3, 2, 0, 1) for n in found)
+
+
+@pytest.mark.parametrize(
+    ("x", "kernel", "strides", "words"),
+    [
+        ((2, 3, 8, 8), (3, 3, 3, 4), 1, "NHWC|NCHW"),
+        ((8, 8, 3), (3, 3, 3, 4), 1, "wanted"),
+        ((2, 8, 8, 3), (3, 3, 3, 4), 0, "strides=0"),
+    ],
+)
+def test_conv_refuses(x, kernel, strides, words):
+    with pytest.raises(ValueError, match=words):
+        layers.conv2d(jnp.ones(x), jnp.ones(kernel), strides=strides)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_group_norm_by_hand(groups):
+    rng = np.random.default_rng(0)
+    x = rng.normal(3.0, 2.0, size=(3, 4, 5, 6))
+    scale, bias = rng.normal(size=6), rng.normal(size=6)
+    with jax.enable_x64(True):
+        ours = layers.group_norm(
+            jnp.asarray(x), groups, jnp.asarray(scale), jnp.asarray(bias), eps=1e-5
+        )
+        assert ours.dtype == jnp.float64
+    wanted = np.empty_like(x)
+    width = 6 // groups
+    for b in range(3):
+        for g in range(groups):
+            part = x[b, :, :, g * width : (g + 1) * width]
+            wanted[b, :, :, g * width : (g + 1) * width] = (part - part.mean()) / np.sqrt(
+                part.var() + 1e-5
+            )
+    np.testing.assert_allclose(ours, wanted * scale + bias, rtol=1e-10, atol=1e-10)
+
+
+def test_group_norm_large_mean_and_low_precision():
+    """A mean of 1000 standard deviations does not eat the variance; bfloat16 stays bfloat16."""
+    x = 1000.0 + jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+    assert abs(float(jnp.std(layers.group_norm(x, 2))) - 1) < 0.01
+    low = layers.group_norm(jnp.ones((2, 4, 4, 4), jnp.bfloat16), 2)
+    assert low.dtype == jnp.bfloat16 and bool(jnp.isfinite(low).all())
+
+
+def test_group_norm_refuses():
+    with pytest.raises(ValueError, match="groups=3 for 8 channels"):
+        layers.group_norm(jnp.ones((1, 2, 2, 8)), 3)

@@ -1,0 +1,255 @@
+"""The loop: resuming, evaluation, requests to stop, and what it refuses."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import training_example as example
+
+from deq_jax.training import (
+    Config,
+    EvalConfig,
+    Evaluator,
+    Interrupted,
+    OptimConfig,
+    TrainConfig,
+    UsageError,
+    metrics,
+    parallel,
+    read_history,
+    train,
+    workdir,
+)
+from deq_jax.training.evaluation import make_eval_step
+from deq_jax.training.optim import make_optimizer
+from deq_jax.training.placement import place
+from deq_jax.training.state import create_state
+
+TINY = example.PRESETS["tiny"]
+
+
+def config_for(path, **train_settings):
+    settings = dataclasses.replace(TINY.train, **train_settings)
+    return dataclasses.replace(TINY, workdir=str(path), train=settings)
+
+
+def run(config, data=None, eval_data=example.eval_batches, devices=1):
+    mesh = parallel.make_mesh(jax.devices()[:devices])
+    data = data or example.Batches(config.train.batch_size)
+    return train(example.Regression(config), config, data, eval_data, mesh=mesh)
+
+
+def without_times(history):
+    return [{k: v for k, v in record.items() if k != "steps_per_second"} for record in history]
+
+
+def assert_same(left, right):
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    return run(config_for(tmp_path_factory.mktemp("straight") / "run"))
+
+
+def test_a_run_writes_down_all_that_it_did(straight, tmp_path_factory):
+    history = straight.history
+    assert [r["step"] for r in history if r["kind"] == "train"] == [7, 14, 21, 28, 30]
+    evaluations = [(r["step"], r["budget"]) for r in history if r["kind"] == "eval"]
+    assert evaluations == [(s, b) for s in (10, 20, 30) for b in (2, 8, 12)]
+    first = history[0]
+    assert first["gamma"] == pytest.approx(0.5 * 3 / 7)  # 4 steps of warm-up, 3 after it
+    assert {"loss", "squared_error", "penalty", "bwd_steps", "lr", "grad_norm"} <= first.keys()
+    assert straight.evaluation == {
+        r["budget"]: {k: v for k, v in r.items() if k not in ("kind", "step", "budget")}
+        for r in history[-3:]
+    }
+    main = straight.evaluation[TINY.eval_steps]
+    assert {"spectral_radius", "penalty"} <= main.keys()
+    assert straight.evaluation[2]["fwd_steps"] == 2
+    assert straight.evaluation[2]["loss"] != straight.evaluation[12]["loss"]
+    assert float(straight.state.extra["seen"]) == 30 * 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [3, 12, 29])
+def test_a_run_stopped_by_a_signal_resumes_exactly(straight, tmp_path, at, capsys):
+    config = config_for(tmp_path / "run")
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as request:
+        run(config, example.Batches(16, die_at=at, die_by=signal.SIGTERM))
+    assert request.value.signal_number == signal.SIGTERM
+    assert f"SIGTERM after step {at + 1} of 30; run the same command again" in str(request.value)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    result = run(config)
+    assert f"at step {at + 1}" in capsys.readouterr().err
+    assert_same(result.state, straight.state)
+    assert without_times(result.history) == without_times(straight.history)
+
+
+def test_a_run_may_resume_with_another_rhythm_but_no_other_training(straight, tmp_path):
+    config = config_for(tmp_path / "run")
+    with pytest.raises(Interrupted):
+        run(config, example.Batches(16, die_at=9, die_by=signal.SIGINT))
+    other = dataclasses.replace(config, optim=OptimConfig(lr=0.5))
+    before = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(UsageError) as error:
+        run(other)
+    assert "workdir" in str(error.value)
+    assert "optim.lr: 0.001 there, 0.5 now" in str(error.value)
+    assert (tmp_path / "run" / "config.json").read_text() == before
+    rhythm = config_for(tmp_path / "run", log_every=3, checkpoint_every=100, eval_every=0)
+    rhythm = dataclasses.replace(rhythm, eval=EvalConfig(budgets=(5, 40)))
+    assert_same(run(rhythm).state, straight.state)
+
+
+def test_a_finished_run_is_only_evaluated_again(straight, tmp_path):
+    config = config_for(tmp_path / "run")
+    first = run(config)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    again = run(config)
+    assert again.evaluation == first.evaluation == straight.evaluation
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == lines
+
+
+class Spoiled(example.Batches):
+    """Gives a batch with a NaN at one index."""
+
+    def __next__(self):
+        batch = super().__next__()
+        if self.index == 18:
+            batch["y"][3] = np.nan
+        return batch
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path):
+    with pytest.raises(UsageError) as error:
+        run(config_for(tmp_path / "run", checkpoint_every=6), Spoiled(16))
+    for words in ("loss is not finite at step 18", "steps 15 to 18", "checkpoint of step 12"):
+        assert words in str(error.value)
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["000000006", "000000012"]
+
+
+def test_all_budgets_share_one_compilation():
+    mesh = parallel.make_mesh()
+    task = example.Regression(TINY)
+    state = create_state(task, make_optimizer(TINY.optim, 10), 0, mesh)
+    step = make_eval_step(task, mesh)
+    steps = {}
+    for budget in (1, 5, 12):
+        measured = jax.device_get(
+            step(state, place(example.make_batch(0, 16), mesh), jnp.int32(budget))
+        )
+        steps[budget] = metrics.compute(measured)["fwd_steps"]
+    assert steps[1] == 1 < steps[5] <= 5 < steps[12] <= 12
+    assert step._cache_size() == 1
+
+
+def test_every_example_is_evaluated_once(straight):
+    """Batches of 16 with 5 padded examples, and one batch of the 27 real ones."""
+    mesh = parallel.make_mesh(jax.devices()[:1])
+
+    def whole():
+        first, second = example.eval_batches()
+        return [{k: np.concatenate([first[k], second[k][:11]]) for k in first}]
+
+    config = dataclasses.replace(TINY, eval=EvalConfig(budgets=(3,)))
+    task = example.Regression(config)
+    state = jax.device_put(straight.state, parallel.replicated(mesh))
+    split = Evaluator(task, config, example.eval_batches, mesh=mesh)(state)
+    joined = Evaluator(task, config, whole, mesh=mesh)(state)
+    for budget in (3, 8):
+        assert split[budget] == pytest.approx(joined[budget], rel=1e-4)
+
+
+def test_numbers_can_be_summarised_in_a_tasks_own_way(straight):
+    def summarize(sums):
+        return {"rmse": float(np.sqrt(sums["squared_error"].total / sums["squared_error"].count))}
+
+    config = dataclasses.replace(TINY, eval=EvalConfig())
+    mesh = parallel.make_mesh(jax.devices()[:1])
+    got = Evaluator(
+        example.Regression(config), config, example.eval_batches, mesh=mesh, summarize=summarize
+    )(straight.state)
+    assert got[8]["rmse"] ** 2 == pytest.approx(straight.evaluation[8]["squared_error"])
+
+
+class Finite(example.Batches):
+    """Ends after four batches."""
+
+    def __next__(self):
+        if self.index == 4:
+            raise StopIteration
+        return super().__next__()
+
+
+class Bare(example.Batches):
+    """Has no mask."""
+
+    def __next__(self):
+        return {"x": super().__next__()["x"]}
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (example.Batches(15), ["batch of 15 examples for 2 devices", "another batch size"]),
+        (example.Batches(0), ["batch of 0 examples"]),
+        (Finite(16), ["data ended at step 4 of 30", "repeat the data"]),
+        (Bare(16), ['wanted "mask"']),
+    ],
+)
+def test_unfit_data_is_refused(tmp_path, data, words):
+    with pytest.raises(UsageError) as error:
+        run(config_for(tmp_path / "run"), data, None, devices=2)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_workdir_that_cannot_be_used_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="choose another with --workdir"):
+        workdir.claim(Config(workdir=str(tmp_path / "file" / "run")))
+    (tmp_path / "config.json").write_text("[1, 2")
+    with pytest.raises(UsageError, match="is not the configuration of a run"):
+        workdir.claim(Config(workdir=str(tmp_path)))
+    assert (tmp_path / "config.json").read_text() == "[1, 2"
+
+
+def test_a_full_disk_during_training_delays_checkpoints_only(
+    straight, tmp_path, monkeypatch, capsys
+):
+    from orbax.checkpoint import v1 as ocp
+
+    save, calls = ocp.save_checkpointables_async, []
+
+    def full_at_first(path, checkpointables):
+        calls.append(path)
+        if len(calls) <= 2:
+            raise OSError(28, os.strerror(28))
+        return save(path, checkpointables)
+
+    monkeypatch.setattr(ocp, "save_checkpointables_async", full_at_first)
+    result = run(config_for(tmp_path / "run"))
+    shown = capsys.readouterr().err
+    assert shown.count("the disk is full; there is no older one; training goes on") == 2
+    assert_same(result.state, straight.state)
+    calls.clear()
+    with pytest.raises(UsageError, match="checkpoint of step 30 could not be written"):
+        run(config_for(tmp_path / "other", checkpoint_every=1000))
+
+
+def test_config_json_holds_the_whole_configuration(tmp_path):
+    workdir.claim(config_for(tmp_path / "run"))
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["solver"]["max_steps"] == 8
+    assert saved["train"] == dataclasses.asdict(TINY.train)
+    assert read_history(tmp_path / "run") == []
+    assert TrainConfig(**saved["train"]) == TINY.train

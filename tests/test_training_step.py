@@ -1,0 +1,248 @@
+"""The one training step: phases, penalty, budgets, statistics, donation, devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import training_example as example
+
+import deq_jax as deq
+from deq_jax.training import (
+    BackwardConfig,
+    JacConfig,
+    OptimConfig,
+    SolverConfig,
+    TrainConfig,
+    make_train_step,
+    metrics,
+    parallel,
+    regularize,
+)
+from deq_jax.training.optim import make_optimizer
+from deq_jax.training.placement import place
+from deq_jax.training.state import create_state, split_seed
+from deq_jax.training.step import forward_metrics
+
+CONFIG = example.ExampleConfig(
+    solver=SolverConfig(max_steps=20, tol=1e-5),
+    optim=OptimConfig(name="sgd", lr=0.5, schedule="constant", momentum=0.0),
+    train=TrainConfig(steps=100, batch_size=16),
+)
+BATCH = example.make_batch(0, 16)
+
+
+def with_jac(**settings):
+    return dataclasses.replace(CONFIG, jac=JacConfig(**settings))
+
+
+def build(config=CONFIG, devices=1, warmup=False):
+    mesh = parallel.make_mesh(jax.devices()[:devices])
+    task = example.Regression(config)
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    step = make_train_step(task, config, optimizer, mesh, warmup=warmup)
+    return task, mesh, create_state(task, optimizer, config.train.seed, mesh), step
+
+
+def compute(measured):
+    return metrics.compute(jax.device_get(measured))
+
+
+def at(state, step):
+    return state.replace(step=jnp.full_like(state.step, step))
+
+
+def test_a_step_is_the_gradient_step_of_loss_plus_gamma_times_penalty():
+    config = with_jac(gamma=0.7)
+    task, mesh, state, step = build(config)
+    model_key, _, probe_key = jax.random.split(jax.random.fold_in(split_seed(0)[1], 0), 3)
+
+    def objective(params):
+        output = task.forward(
+            params,
+            state.extra,
+            BATCH,
+            key=model_key,
+            train=True,
+            warmup=False,
+            max_steps=20,
+            probe=None,
+        )
+        assert output.solution is not None
+        return output.loss + 0.7 * deq.frobenius_penalty(*output.solution.at, key=probe_key)
+
+    value, grads = jax.value_and_grad(objective)(state.params)
+    wanted = jax.tree.map(lambda p, g: np.asarray(p - 0.5 * g), state.params, grads)
+    state, measured = step(state, place(BATCH, mesh))
+    got = compute(measured)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.params, wanted)
+    np.testing.assert_allclose(got["loss"] + 0.7 * got["penalty"], value, rtol=1e-5)
+    np.testing.assert_allclose(got["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
+    assert (got["gamma"], got["lr"], int(state.step)) == (pytest.approx(0.7), 0.5, 1)
+    assert float(state.extra["seen"]) == 16
+
+
+def test_the_penalty_is_drawn_with_its_probability_and_changes_what_is_learnt():
+    task, mesh, state, step = build(with_jac(gamma=1.0, prob=0.3, budget_low=-5, budget_high=2))
+    penalties, budgets = [], []
+    for _ in range(60):
+        state, measured = step(state, place(BATCH, mesh))
+        measured = jax.device_get(measured)
+        penalties.append(float(measured["penalty"].count))
+        budgets.append(int(measured["budget"].total))
+        assert (measured["penalty"].total > 0) == (measured["penalty"].count > 0)
+    assert 8 <= sum(penalties) <= 28
+    random = [b for b, p in zip(budgets, penalties, strict=True) if p]
+    assert set(random) <= set(range(15, 23))
+    assert len(set(random)) > 3
+    assert {b for b, p in zip(budgets, penalties, strict=True) if not p} == {20}
+    assert step._cache_size() == 1
+
+
+def test_the_random_budget_can_be_drawn_on_every_step():
+    config = with_jac(budget_low=-2, budget_on="all")
+    keys = jax.random.split(jax.random.key(0), 200)
+    drawn = jax.vmap(lambda key: regularize.draw(config, jnp.int32(0), key))(keys)
+    assert set(drawn.budget.tolist()) == {18, 19, 20}
+    assert not drawn.penalise.any()
+
+
+def test_a_budget_above_the_solvers_own_is_really_spent():
+    config = with_jac(gamma=1.0, budget_high=6)
+    solver = SolverConfig(name="picard", max_steps=2, tol=1e-12)
+    # Weights hardly move: where tanh saturates, iteration ends before the budget does.
+    optim = OptimConfig(lr=1e-6)
+    config = dataclasses.replace(config, solver=solver, optim=optim)
+    _, mesh, state, step = build(config)
+    spent = set()
+    for _ in range(12):
+        state, measured = step(state, place(BATCH, mesh))
+        got = compute(measured)
+        assert got["fwd_steps"] == got["budget"]
+        spent.add(got["budget"])
+    assert max(spent) > 4
+
+
+def test_gamma_follows_its_schedule():
+    jac = JacConfig(gamma=2.0, increment=0.1, increment_every=10, stop_step=60, warmup_gamma=0.03)
+    steps = jnp.array([0, 19, 20, 29, 30, 59, 60, 90])
+    got = regularize.gamma(jac, steps, warmup_steps=20)
+    np.testing.assert_allclose(got, [0.03, 0.03, 2.0, 2.0, 2.1, 2.3, 0, 0], rtol=1e-6)
+
+
+def test_without_a_penalty_none_is_compiled():
+    _, mesh, state, step = build(CONFIG)
+    assert "penalty" not in step(state, place(BATCH, mesh))[1]
+    assert regularize.is_used(with_jac(gamma=0.0, warmup_gamma=0.1), warmup=True)
+    assert not regularize.is_used(with_jac(gamma=0.1), warmup=True)
+
+
+def test_warm_up_trains_the_unrolled_network():
+    config = dataclasses.replace(CONFIG, train=TrainConfig(warmup_steps=10, warmup_layers=3))
+    task, mesh, state, step = build(config, warmup=True)
+    key = jax.random.split(jax.random.fold_in(split_seed(0)[1], 0), 3)[0]
+
+    def loss(params):
+        injected = BATCH["x"] @ params["U"] + params["b"][None]
+        mask = deq.masks.bernoulli(key, injected.shape, 0.1)
+        z = jnp.zeros_like(injected)
+        for _ in range(3):
+            z = example.cell({"W": params["W"]}, z, (injected, mask))
+        return ((z @ params["v"] - BATCH["y"]) ** 2).mean()
+
+    value, grads = jax.value_and_grad(loss)(state.params)
+    wanted = jax.tree.map(lambda p, g: np.asarray(p - 0.5 * g), state.params, grads)
+    state, measured = step(state, place(BATCH, mesh))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.params, wanted)
+    got = compute(measured)
+    np.testing.assert_allclose(got["loss"], value, rtol=1e-5)
+    assert not {"fwd_steps", "unconverged", "bwd_steps", "budget"} & got.keys()
+
+
+def test_statistics_of_both_solves_are_reported():
+    config = dataclasses.replace(CONFIG, backward=BackwardConfig(max_steps=2, tol=1e-9))
+    _, mesh, state, step = build(config)
+    got = compute(step(state, place(BATCH, mesh))[1])
+    assert (got["bwd_steps"], got["bwd_unconverged"]) == (2, 1)
+    assert got["bwd_residual"] > 1e-9
+    assert 2 < got["fwd_steps"] < 20
+    assert (got["unconverged"], got["budget"]) == (0, 20)
+
+
+def test_an_unrolled_gradient_has_no_backward_statistics():
+    config = dataclasses.replace(CONFIG, backward=BackwardConfig(rule="unroll", max_steps=1))
+    _, mesh, state, step = build(config)
+    got = compute(step(state, place(BATCH, mesh))[1])
+    assert "fwd_steps" in got
+    assert "bwd_steps" not in got
+
+
+def test_padding_counts_for_nothing():
+    padded = example.make_batch(0, 16, padding=8)
+    short = {name: array[:8] for name, array in padded.items()}
+    results = []
+    for batch in (padded, short):
+        task, mesh, state, _ = build(CONFIG)
+        output = task.forward(
+            state.params,
+            state.extra,
+            batch,
+            key=None,
+            train=False,
+            warmup=False,
+            max_steps=20,
+            probe=None,
+        )
+        results.append(compute(forward_metrics(output, jnp.asarray(batch["mask"]))))
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_the_state_is_donated_and_chance_depends_on_the_step_only():
+    _, mesh, state, step = build(with_jac(gamma=1.0, prob=0.5))
+    copies = [jax.tree.map(jnp.copy, state) for _ in range(3)]
+    first, _ = step(state, place(BATCH, mesh))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    again, _ = step(copies[0], place(BATCH, mesh))
+    other, _ = step(at(copies[1], 5), place(BATCH, mesh))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(first.params["W"], other.params["W"])
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_one_and_eight_devices_learn_the_same(sharded):
+    outcomes = []
+    for devices in (1, 8):
+        task, mesh, state, step = build(with_jac(gamma=1.0, prob=0.5), devices=devices)
+        if sharded:
+            task.fixed_point = parallel.sharded_fixed_point(mesh)
+        totals = {}
+        for index in range(4):
+            state, measured = step(state, place(example.make_batch(index, 16), mesh))
+            totals = metrics.merge(totals, jax.device_get(measured))
+        outcomes.append((jax.device_get(state.params), metrics.compute(totals)))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        outcomes[0][0],
+        outcomes[1][0],
+    )
+    assert outcomes[0][1] == pytest.approx(outcomes[1][1], rel=1e-3, abs=1e-6)
+
+
+def test_a_penalty_without_a_solution_is_refused():
+    config = with_jac(gamma=1.0)
+    task, mesh, state, _ = build(config)
+
+    class Explicit:
+        init = task.init
+
+        def forward(self, params, extra, batch, **settings):
+            output = task.forward(params, extra, batch, **settings)
+            return dataclasses.replace(output, solution=None)
+
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    step = make_train_step(Explicit(), config, optimizer, mesh)
+    with pytest.raises(ValueError, match=r"wanted the solution of the DEQ layer.*set jac\.gamma"):
+        step(state, place(BATCH, mesh))
