@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 
 from deq_jax import tree
@@ -28,7 +27,8 @@ Map = Callable[[PyTree, PyTree, PyTree], PyTree]
 """f(params, z, x) -> z."""
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class BackwardStats:
     """Statistics of a backward solve, as the "gradient" of a probe delivers them.
 

@@ -17,9 +17,12 @@ CORE = """jax jaxlib numpy scipy ml_dtypes opt_einsum flax msgpack rich Pygments
 mdurl PyYAML treescope typing_extensions absl-py""".split()
 
 PROGRAM = """
-import importlib.metadata, importlib.util
+import importlib.metadata, importlib.util, sys
+import deq_jax as deq
+
+assert not {"absl", "flax"} & set(sys.modules)  # only the Flax layers bring Flax, and it absl
 import jax, jax.numpy as jnp
-import deq_jax as deq, deq_jax.linen
+import deq_jax.linen
 
 absent = "optax orbax tensorstore tensorflow_datasets grain tensorboardX tqdm sklearn torch"
 assert not [name for name in absent.split() if importlib.util.find_spec(name)]

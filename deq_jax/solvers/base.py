@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 
 from deq_jax import tree
@@ -52,7 +52,8 @@ class Solver(Protocol):
         ...
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class SolveStats:
     """What one solve did, sample by sample.
 
@@ -69,7 +70,8 @@ class SolveStats:
     trace: jax.Array
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Equation:
     """The equation z = f(params, z, x) that a layer solved, with what stood still in it.
 
@@ -79,12 +81,13 @@ class Equation:
       x: its other operands (injected input, dropout masks, keys).
     """
 
-    f: Callable[[PyTree, PyTree, PyTree], PyTree] = struct.field(pytree_node=False)
+    f: Callable[[PyTree, PyTree, PyTree], PyTree] = dataclasses.field(metadata={"static": True})
     params: PyTree
     x: PyTree
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Solution:
     """The answer of a solve.
 

@@ -1,0 +1,214 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from deq_jax import testing
+from deq_jax.solvers import Anderson, Broyden, Picard, SolveStats, solve
+
+PROBLEMS = testing.all_problems(3)
+NAMES = [problem.name for problem in PROBLEMS]
+BY_NAME = dict(zip(NAMES, PROBLEMS, strict=True))
+
+
+def run(solver, problem):
+    return solve(solver, lambda z: problem.f(problem.params, z, problem.x), problem.z0)
+
+
+# --- the problems ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_problems_keep_shapes_and_dtypes(dtype):
+    for problem in testing.all_problems(2, dtype=dtype):
+        image = problem.f(problem.params, problem.z0, problem.x)
+        jax.tree.map(
+            lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or 1 / 0, image, problem.z0
+        )
+        assert jax.tree.structure(image) == jax.tree.structure(problem.x)
+        assert all(a.dtype == dtype for a in jax.tree.leaves((problem.params, problem.x)))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("chandrasekhar", "no-fixed-point")])
+def test_known_solutions_are_fixed_points(name, x64):
+    problem = {p.name: p for p in testing.all_problems(3, dtype=jnp.float64)}[name]
+    z = problem.solution
+    image = problem.f(problem.params, z, problem.x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13), image, z)
+    np.testing.assert_array_equal(problem.error(z), np.zeros(3))
+
+
+@pytest.mark.parametrize("size", [1, 8, 33])
+def test_mean_of_the_h_equation_holds_for_every_size(size, x64):
+    problem = testing.chandrasekhar(2, size=size, dtype=jnp.float64)
+    sol = run(Anderson(tol=1e-13, max_steps=100, stop="abs"), problem)
+    np.testing.assert_allclose(sol.value.mean(axis=1), 2 / 0.9 * (1 - np.sqrt(0.1)), rtol=1e-12)
+    assert float(problem.error(sol.value).max()) < 1e-12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_condition_and_kind_agree_with_the_jacobian(name, x64):
+    problem = {p.name: p for p in testing.all_problems(2, dtype=jnp.float64)}[name]
+    if problem.kind == "unsolvable":
+        line = jnp.linspace(-1e4, 1e4, 100_001)[:, None]
+        image = problem.f(problem.params, line, jnp.zeros_like(line))
+        assert float(jnp.abs(image - line).min()) >= np.sqrt(3) - 1e-6
+        assert float((jnp.abs(image - line) / image).min()) >= 0.5
+        return
+    z = problem.solution
+    if name == "chandrasekhar":
+        z = run(Anderson(tol=1e-13, max_steps=100), problem).value
+    flat, unravel = ravel_pytree(jax.tree.map(lambda a: a[:1], z))
+    x = jax.tree.map(lambda a: a[:1], problem.x)
+
+    def one(v):
+        return ravel_pytree(problem.f(problem.params, unravel(v), x))[0]
+
+    jac = np.asarray(jax.jacobian(one)(flat))
+    inverse = np.linalg.inv(np.eye(len(jac)) - jac)
+    assert np.linalg.norm(inverse, 2) <= problem.condition * (1 + 1e-9)
+    radius = np.abs(np.linalg.eigvals(jac)).max()
+    assert (radius < 1 - 1e-9) == (problem.kind == "contraction")
+
+
+def test_affine_gradients_are_in_closed_form(x64):
+    problem = testing.affine(3, 5, dtype=jnp.float64)
+    c = jax.random.normal(jax.random.key(9), problem.solution.shape)
+
+    def loss(params, x):
+        eye = jnp.eye(5)
+        return jnp.vdot(c, jnp.linalg.solve((eye - params["W"]).T, (x + params["b"][None, :]).T).T)
+
+    want = jax.grad(loss, (0, 1))(problem.params, problem.x)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), problem.vjp(c), want
+    )
+
+
+def test_error_refuses_a_problem_without_solution():
+    problem = testing.no_fixed_point(2)
+    with pytest.raises(ValueError, match="no-fixed-point"):
+        problem.error(problem.z0)
+
+
+# --- the assertions find what they are for ---------------------------------------------------
+
+
+def test_assertions_pass_on_what_is_right():
+    problem = testing.affine(3)
+    sol = run(Picard(tol=1e-4, max_steps=40), problem)
+    testing.assert_honest(problem.f, problem.params, sol, problem.x, tol=1e-4)
+    testing.assert_fixed_point(problem.f, problem.params, sol, problem.x, tol=1e-4)
+    failed = run(Picard(tol=1e-4, max_steps=3, stop="abs"), problem)
+    testing.assert_honest(problem.f, problem.params, failed, problem.x, tol=1e-4, stop="abs")
+    with pytest.raises(AssertionError, match="residual"):
+        testing.assert_fixed_point(problem.f, problem.params, failed, problem.x, tol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "said"),
+    [
+        ("residual", lambda a: 0.5 * a, r"stats.residual: got .* in samples \[0, 1, 2\]"),
+        ("converged", lambda a: a.at[1].set(False), r"converged: got .* in samples \[1\]"),
+        ("num_steps", lambda a: a + 1, "num_steps"),
+        ("trace", lambda a: a.at[0].set(0.0), "smallest residual in trace"),
+    ],
+)
+def test_false_statistics_are_found(field, change, said):
+    problem = testing.cosine(3)
+    sol = run(Picard(tol=1e-3, max_steps=30), problem)
+    stats: SolveStats = dataclasses.replace(sol.stats, **{field: change(getattr(sol.stats, field))})
+    with pytest.raises(AssertionError, match=said):
+        testing.assert_honest(problem.f, problem.params, dataclasses.replace(sol, stats=stats), problem.x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixing(Picard):
+    """Wrong: every sample's step depends on the mean of the batch."""
+
+    def step(self, z, fz, state):
+        return fz + 0.01 * (fz - z).mean(axis=0, keepdims=True), state
+
+
+@dataclasses.dataclass(frozen=True)
+class Lazy(Picard):
+    """Wrong: never moves."""
+
+    def step(self, z, fz, state):
+        return z, state
+
+
+@dataclasses.dataclass(frozen=True)
+class Heavy:
+    """Right, and no class of ours: iteration with momentum."""
+
+    tol: float = 1e-4
+    max_steps: int = 60
+    stop: str = "rel"
+
+    def init(self, z):
+        return z
+
+    def step(self, z, fz, state):
+        return fz + 0.1 * (z - state), z
+
+
+def test_batch_dependence_is_found():
+    problem = testing.affine(3)
+    testing.assert_batch_independent(Picard(tol=1e-4, max_steps=30), problem)
+    with pytest.raises(AssertionError, match="num_steps|value"):
+        testing.assert_batch_independent(Mixing(tol=1e-4, max_steps=30), problem)
+
+
+@pytest.mark.slow
+def test_a_users_solver_passes_or_is_told_why():
+    testing.assert_solver(Heavy(), batch=2)
+    with pytest.raises(AssertionError, match="Lazy on affine-0.5: residual"):
+        testing.assert_solver(Lazy(max_steps=60), batch=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("solver", "dtype"),
+    [
+        (Picard(tol=1e-3, max_steps=60), jnp.float32),
+        (Anderson(tol=1e-3), jnp.float32),
+        (Broyden(tol=1e-5, max_steps=60, stop="abs"), jnp.float32),
+        (Anderson(tol=1e-2), jnp.bfloat16),
+        (Broyden(tol=1e-2), jnp.bfloat16),
+    ],
+)
+def test_our_solvers_pass(solver, dtype):
+    testing.assert_solver(solver, batch=3, dtype=dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "no-fixed-point"])
+def test_three_gradients_agree(name):
+    problem = BY_NAME[name]
+    damping = 0.4 if problem.kind == "solvable" else 1.0
+    testing.assert_gradients_agree(
+        problem.f, problem.params, problem.z0, problem.x, damping=damping
+    )
+
+
+def test_wrong_gradients_are_found():
+    def cut(params, z, x):
+        return jax.lax.stop_gradient(0.5 * jnp.cos(z)) + params * x
+
+    x = jnp.linspace(0.5, 1.0, 4)[:, None]
+    with pytest.raises(AssertionError, match="finite difference disagree"):
+        testing.assert_gradients_agree(cut, jnp.float32(0.5), jnp.ones((4, 1)), x, unroll=50)
+
+
+def test_gradients_with_keys_and_integers_among_the_operands():
+    def f(params, z, x):
+        mask = jax.random.bernoulli(x["key"], 0.5, z.shape)
+        return 0.5 * jnp.tanh(params * z) * mask + x["in"][x["take"]]
+
+    x = {"key": jax.random.key(3), "in": jnp.ones((2, 3)), "take": jnp.array([1, 0])}
+    testing.assert_gradients_agree(f, jnp.float32(0.8), jnp.zeros((2, 3)), x, unroll=80)
+    assert not jax.config.jax_enable_x64

@@ -1,0 +1,169 @@
+"""A tiny experiment, real in every part: a DEQ that regresses a smooth function of four numbers.
+
+Imported by the tests of training/, and run by them as a program of its own, which can be told to
+die at a given step.
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import deq_jax as deq
+from deq_jax.training import (
+    BackwardConfig,
+    Config,
+    EvalConfig,
+    JacConfig,
+    Output,
+    SolverConfig,
+    TrainConfig,
+    flags,
+    option,
+    parallel,
+    train,
+)
+
+WIDTH = 6
+
+
+def cell(params, z, x):
+    injected, mask = x
+    return mask * jnp.tanh(z @ params["W"] + injected)
+
+
+class Regression:
+    """f(z; x) = mask * tanh(W z + U x + b), prediction v z*, squared error."""
+
+    def __init__(self, config, fixed_point=deq.fixed_point):
+        self.config, self.fixed_point = config, fixed_point
+
+    def init(self, key):
+        w, u, v = jax.random.split(key, 3)
+        params = {
+            "W": 0.8 * deq.init.gaussian(1.0)(w, (WIDTH, WIDTH), jnp.float32),
+            "U": jax.random.normal(u, (4, WIDTH)),
+            "b": jnp.zeros(WIDTH),
+            "v": jax.random.normal(v, (WIDTH,)),
+        }
+        return params, {"seen": jnp.float32(0)}
+
+    def forward(self, params, extra, batch, *, key, train, warmup, max_steps, probe):
+        injected = batch["x"] @ params["U"] + jnp.broadcast_to(
+            params["b"], (batch["x"].shape[0], WIDTH)
+        )
+        mask = jnp.ones_like(injected)
+        if train:
+            mask = deq.masks.bernoulli(key, injected.shape, 0.1)
+        adjoint = self.config.backward.build_adjoint()
+        if warmup:
+            adjoint = deq.Unroll(self.config.train.warmup_layers)
+        operands = {"W": params["W"]}
+        solution = self.fixed_point(
+            cell,
+            operands,
+            jnp.zeros_like(injected),
+            (injected, mask),
+            solver=self.config.build_solver(),
+            adjoint=adjoint,
+            max_steps=max_steps,
+            probe=probe,
+        )
+        solution = solution.replace(equation=deq.Equation(cell, operands, (injected, mask)))
+        error = (solution.value @ params["v"] - batch["y"]) ** 2
+        count = batch["mask"].sum()
+        total = (error * batch["mask"]).sum()
+        return Output(
+            loss=total / count,
+            sums={"squared_error": total, "count": count},
+            extra={"seen": extra["seen"] + count} if train else extra,
+            solution=solution,
+        )
+
+
+def make_batch(index, size, padding=0):
+    rng = np.random.default_rng([7, index])
+    x = rng.normal(size=(size, 4)).astype(np.float32)
+    y = np.sin(x.sum(1)).astype(np.float32)
+    mask = np.ones(size, np.float32)
+    if padding:
+        mask[-padding:] = 0
+        x[-padding:], y[-padding:] = 1e3, 1e3
+    return {"x": x, "y": y, "mask": mask}
+
+
+class Batches:
+    """Endless batches whose content follows from their number."""
+
+    def __init__(self, size, die_at=-1, die_by=0):
+        self.size, self.die_at, self.die_by, self.index = size, die_at, die_by, 0
+
+    def __next__(self):
+        if self.index == self.die_at:
+            os.kill(os.getpid(), self.die_by)
+        self.index += 1
+        return make_batch(self.index - 1, self.size)
+
+    def get_state(self):
+        return {"index": self.index}
+
+    def set_state(self, state):
+        self.index = state["index"]
+
+
+def eval_batches():
+    return [make_batch(1_000_000, 16), make_batch(1_000_001, 16, padding=5)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    die_at: int = option(-1, "batch before which the program kills itself", may_change=True)
+    die_by: int = option(int(signal.SIGTERM), "signal by which it does", may_change=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExampleConfig(Config):
+    data: DataConfig = DataConfig()
+
+
+PRESETS = {
+    "tiny": ExampleConfig(
+        solver=SolverConfig(name="picard", max_steps=8, tol=1e-2),
+        backward=BackwardConfig(name="picard", max_steps=8),
+        jac=JacConfig(gamma=0.5, prob=0.5, budget_low=-2, budget_high=1),
+        train=TrainConfig(
+            steps=30,
+            batch_size=16,
+            warmup_steps=4,
+            warmup_layers=3,
+            log_every=7,
+            eval_every=10,
+            checkpoint_every=6,
+        ),
+        eval=EvalConfig(budgets=(2, 12), spectral_batches=1, spectral_iters=20),
+    )
+}
+
+
+def main(config):
+    mesh = parallel.make_mesh()
+    task = Regression(config, parallel.sharded_fixed_point(mesh))
+    data = Batches(config.train.batch_size, config.data.die_at, config.data.die_by)
+    result = train(task, config, data, eval_batches, mesh=mesh)
+    leaves = {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(result.state)[0]
+    }
+    np.savez(os.path.join(config.workdir, "final.npz"), allow_pickle=False, **leaves)
+    print("finished")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 2)
+    flags.run(main, PRESETS, default="tiny")
+    sys.exit()
