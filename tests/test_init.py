@@ -183,6 +183,6 @@ def test_refuses_predictions_beyond_the_critical_scale(family, scale):
 
 def test_refuses_an_unknown_family():
     for function in (init.predicted_gain, init.predicted_norms):
-        with pytest.raises(ValueError, match='got family=\'wigner\'; wanted "gaussian"'):
+        with pytest.raises(ValueError, match="got family='wigner'; wanted \"gaussian\""):
             function("wigner", 0.1)
     assert [init.critical_scale(family) for family in FAMILIES] == [1.0, 1.0, 0.5]

@@ -1,0 +1,271 @@
+"""Checkpoints of a run: state, configuration, data position; asynchronous, verified, rotated."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from deq_jax.training.errors import UsageError
+from deq_jax.training.state import TrainState
+
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_MANIFEST = "files.json"
+
+
+class CheckpointError(UsageError):
+    """A checkpoint could not be written; older ones are as they were."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held.
+
+    Attributes:
+      state: the training state.
+      host: the JSON-able dict that was saved beside it.
+    """
+
+    state: TrainState
+    host: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run: `directory/000000500/` after 500 steps, and so on.
+
+    A save runs in the background, one at a time.  Older checkpoints go only when a newer one is
+    complete.  A checkpoint lists its files with their checksums, and the shapes of its arrays; both
+    are verified before anything is restored.
+    """
+
+    def __init__(
+        self, directory: Path, *, keep: int, fits: Callable[[Any], str], say: Callable[[str], None]
+    ) -> None:
+        """Prepares the folder; use the object in a `with` statement.
+
+        Args:
+          directory: created when first needed.
+          keep: how many to keep, the newest ones.
+          fits: given the saved `host` dict, returns why it cannot be continued, "" if it can.
+          say: called with a sentence that the user should see.
+        """
+        self._directory, self._keep, self._fits, self._say = directory, keep, fits, say
+        self._pending: tuple[int, Future[None]] | None = None
+        self._background = ThreadPoolExecutor(max_workers=1)
+        self._context = ocp.Context()
+        self._context.checkpointables.registry = ocp.handlers.local_registry()
+        self._context.checkpointables.registry.add(
+            ocp.handlers.JsonHandler, checkpointable_name="host"
+        )
+        self._quiet = _WithoutOrbaxTracebacks()
+
+    def __enter__(self) -> Checkpoints:
+        """Clears what a killed run left unfinished."""
+        logging.getLogger("absl").addFilter(self._quiet)
+        for leftover in self._directory.glob(f"*{_UNFINISHED}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Waits for the save under way, and reports its failure without raising."""
+        try:
+            self.finish()
+        except CheckpointError as error:
+            self._say(str(error))
+        finally:
+            self._background.shutdown()
+            logging.getLogger("absl").removeFilter(self._quiet)
+
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints, rising."""
+        if not self._directory.is_dir():
+            return []
+        names = [entry.name for entry in self._directory.iterdir() if entry.is_dir()]
+        return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
+
+    def save(self, step: int, state: TrainState, host: dict[str, Any]) -> None:
+        """Begins to save; returns as soon as `state` may be donated.
+
+        Args:
+          step: the number of finished steps.
+          state: what to save.
+          host: what else to save, a dict that JSON can hold.
+
+        Raises:
+          CheckpointError: this save could not begin, or the one before it failed.
+        """
+        self.finish()
+        # A copy: the file is written later, when the caller may have changed its dict.
+        record = {"host": json.loads(json.dumps(host)), "leaves": _describe(state)}
+        path = self._path(step)
+        try:
+            with self._context:
+                response = ocp.save_checkpointables_async(
+                    str(path), {"state": state, "host": record}
+                )
+        except (OSError, ValueError, RuntimeError) as error:
+            self._give_up(step, error)
+
+        def complete() -> None:
+            response.result()
+            _seal(path)
+
+        self._pending = step, self._background.submit(complete)
+
+    def finish(self) -> None:
+        """Waits for the save under way, then removes the checkpoints that are no longer kept.
+
+        Raises:
+          CheckpointError: the save failed.
+        """
+        if self._pending is None:
+            return
+        (step, saving), self._pending = self._pending, None
+        try:
+            saving.result()
+        except (OSError, ValueError, RuntimeError) as error:
+            self._give_up(step, error)
+        for old in self.steps()[: -self._keep]:
+            shutil.rmtree(self._path(old), ignore_errors=True)
+
+    def restore(self, template: TrainState) -> Restored | None:
+        """Reads the newest checkpoint that is whole and belongs to this run.
+
+        Newer ones that are not are renamed to `damaged-...`, never overwritten or deleted.
+
+        Args:
+          template: a TrainState of `jax.ShapeDtypeStruct` with shardings.
+
+        Returns:
+          The checkpoint, or None if the folder has none.
+
+        Raises:
+          UsageError: there are checkpoints, but none of them can be used; all stay as they are.
+        """
+        steps, refused = self.steps(), {}
+        for step in reversed(steps):
+            try:
+                restored = self._load(step, template)
+            except Exception as error:  # whatever a library makes of a damaged file
+                refused[step] = _first_line(error)
+                continue
+            for bad, reason in refused.items():
+                moved = self._set_aside(bad)
+                self._say(f"checkpoint of step {bad} cannot be used ({reason}); moved to {moved}")
+            if refused:
+                self._say(f"falling back to the checkpoint of step {step}")
+            return restored
+        if refused:
+            reasons = "\n".join(f"  step {step}: {reason}" for step, reason in refused.items())
+            raise UsageError(
+                f"no checkpoint in {self._directory} can be used:\n{reasons}\n"
+                "nothing was changed; move that folder away to start anew, or choose another "
+                "folder with --workdir"
+            )
+        return None
+
+    def _path(self, step: int) -> Path:
+        return self._directory / f"{step:09d}"
+
+    def _load(self, step: int, template: TrainState) -> Restored:
+        path = self._path(step)
+        _check_files(path)
+        with self._context:
+            record = ocp.load_checkpointables(str(path), {"host": None})["host"]
+            reason = _mismatch(record["leaves"], _describe(template))
+            reason = reason or self._fits(record["host"])
+            if reason:
+                raise ValueError(reason)
+            state = ocp.load_checkpointables(str(path), {"state": template})["state"]
+        return Restored(state=state, host=record["host"])
+
+    def _set_aside(self, step: int) -> Path:
+        count = 0
+        while (target := self._directory / f"damaged-{step:09d}-{count}").exists():
+            count += 1
+        return self._path(step).rename(target)
+
+    def _give_up(self, step: int, error: Exception) -> None:
+        for leftover in self._directory.glob(f"{self._path(step).name}{_UNFINISHED}*"):
+            shutil.rmtree(leftover, ignore_errors=True)  # also frees the space it took
+        older = self.steps()
+        kept = f"the checkpoint of step {older[-1]} is intact" if older else "there is no older one"
+        full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
+        reason = "the disk is full" if full else _first_line(error)
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written to {self._directory}: "
+            f"{reason}; {kept}"
+        ) from error
+
+
+class _WithoutOrbaxTracebacks(logging.Filter):
+    """Orbax logs every failed save with a dozen tracebacks; `Checkpoints` reports it in words."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0] or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + " ..."
+
+
+def _files(folder: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file, by its path inside the folder."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != _MANIFEST:
+            data = path.read_bytes()
+            found[str(path.relative_to(folder))] = [len(data), zlib.crc32(data)]
+    return found
+
+
+def _seal(folder: Path) -> None:
+    """Writes down what a complete checkpoint consists of."""
+    temporary = folder / f"{_MANIFEST}.tmp"
+    temporary.write_text(json.dumps(_files(folder)))
+    temporary.replace(folder / _MANIFEST)
+
+
+def _check_files(folder: Path) -> None:
+    """Refuses a damaged checkpoint before Orbax sees it, which would fail in many ways, loudly.
+
+    A checkpoint without a manifest was completed, but its run was killed before it could say so:
+    what Orbax itself notices has to do.
+    """
+    manifest = folder / _MANIFEST
+    if not manifest.exists():
+        return
+    found = _files(folder)
+    for name, (size, checksum) in json.loads(manifest.read_text()).items():
+        if name not in found:
+            raise ValueError(f"its file {name} is missing")
+        if found[name][0] != size:
+            raise ValueError(f"its file {name} has {found[name][0]} bytes instead of {size}")
+        if found[name][1] != checksum:
+            raise ValueError(f"its file {name} was altered")
+
+
+def _describe(state: Any) -> dict[str, str]:
+    """Shape and dtype of every array, by its path in the tree."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path): f"{a.dtype.name}{list(a.shape)}" for path, a in leaves}
+
+
+def _mismatch(saved: dict[str, str], wanted: dict[str, str]) -> str:
+    """The first difference between two descriptions, in words; "" if there is none."""
+    for name in [*wanted, *saved]:
+        there, here = saved.get(name, "absent"), wanted.get(name, "absent")
+        if there != here:
+            return f"it is of another model: {name} is {there} there, {here} in this run"
+    return ""

@@ -1,0 +1,305 @@
+"""The configuration that all experiments share: nested, frozen, validated dataclasses.
+
+An experiment adds its own parts by inheriting from `Config`:
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class DigitsConfig(Config):
+        model: ModelConfig = ModelConfig()
+        data: DataConfig = DataConfig()
+
+    PRESETS = {"digits": DigitsConfig(workdir="runs/digits", solver=SolverConfig(max_steps=12))}
+
+Every field is written with `option(default, "what it does")`, which `flags.py` shows under
+`--helpshort`.  Values are checked where they are stored (`__post_init__`), so a configuration that
+exists is a valid one, whether it came from a preset, from flags or from a config.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import deq_jax as deq
+
+SolverName = Literal["picard", "anderson", "broyden"]
+StopMode = Literal["rel", "abs"]
+
+
+def option(default: Any, description: str, *, may_change: bool = False) -> Any:
+    """A dataclass field with a one-line description for the command line.
+
+    Args:
+      default: the field's default value.
+      description: one line, shown by `--helpshort`.
+      may_change: whether a run may be resumed with another value of this field.  Only for fields
+        that do not influence the parameters which the run ends with.
+
+    Returns:
+      What `dataclasses.field` returns.
+
+    Example:
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class ModelConfig:
+      ...     width: int = option(64, "units of the hidden layer")
+      >>> ModelConfig().width
+      64
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": description, "may_change": may_change}
+    )
+
+
+def require(condition: bool, name: str, wanted: str, got: object) -> None:
+    """Refuses a value: ValueError("name must be wanted, got got") unless the condition holds.
+
+    Args:
+      condition: what must be true.
+      name: the field, as the user writes it.
+      wanted: what it must be, for instance "at least 1".
+      got: the value.
+
+    Raises:
+      ValueError: the condition does not hold.
+
+    Example:
+      >>> require(3 > 0, "steps", "at least 1", 3)
+    """
+    if not condition:
+        raise ValueError(f"{name} must be {wanted}, got {got!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SolverConfig:
+    """The forward solver."""
+
+    name: SolverName = option("anderson", "the method")
+    tol: float = option(1e-3, "residual below which a sample counts as solved")
+    max_steps: int = option(30, "budget: evaluations of f for each solve")
+    stop: StopMode = option("rel", "residual: relative to the norm of f(z), or absolute")
+    memory: int | None = option(None, "rows of history kept; none for the method's own default")
+    damping: float = option(1.0, "step length of picard and anderson, in (0, 1]")
+
+    def __post_init__(self) -> None:
+        require(0 < self.tol < math.inf, "tol", "above 0 and finite", self.tol)
+        require(self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
+        require(0 < self.damping <= 1, "damping", "in (0, 1]", self.damping)
+        if self.memory is not None:
+            require(self.memory >= 1, "memory", "at least 1, or none", self.memory)
+            if self.name == "picard":
+                raise ValueError(
+                    f"memory must be none for picard, which keeps no history, got {self.memory}"
+                )
+        if self.name == "broyden" and self.damping != 1:
+            raise ValueError(f"damping must be 1 for broyden, which has none, got {self.damping}")
+
+    def build(self, max_steps: int | None = None) -> deq.Picard | deq.Anderson | deq.Broyden:
+        """The solver that these values describe.
+
+        Args:
+          max_steps: another budget, for a solver whose budget is cut at run time.
+
+        Returns:
+          `deq.Picard`, `deq.Anderson` or `deq.Broyden`.
+
+        Example:
+          >>> SolverConfig(name="picard", max_steps=7).build().max_steps
+          7
+        """
+        steps = self.max_steps if max_steps is None else max_steps
+        common = {"tol": self.tol, "max_steps": steps, "stop": self.stop}
+        if self.memory is not None:
+            common["memory"] = self.memory
+        if self.name == "broyden":
+            return deq.Broyden(**common)
+        if self.name == "anderson":
+            return deq.Anderson(damping=self.damping, **common)
+        return deq.Picard(damping=self.damping, **common)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackwardConfig(SolverConfig):
+    """The gradient rule: the solver of the backward linear system, or unrolling."""
+
+    tol: float = option(1e-4, "residual below which a sample's backward system counts as solved")
+    rule: Literal["implicit", "unroll"] = option(
+        "implicit",
+        "implicit: solve the backward system; unroll: differentiate max_steps steps damped by "
+        "damping (1 step: Jacobian-free gradient; several: phantom gradient)",
+    )
+
+    def build_adjoint(self) -> deq.Implicit | deq.Unroll:
+        """The gradient rule that these values describe, for `deq.fixed_point(adjoint=...)`.
+
+        Returns:
+          `deq.Implicit(solver)` or `deq.Unroll(max_steps, damping)`.
+
+        Example:
+          >>> BackwardConfig(rule="unroll", max_steps=5, damping=0.5).build_adjoint()
+          Unroll(steps=5, damping=0.5)
+        """
+        if self.rule == "unroll":
+            return deq.Unroll(self.max_steps, damping=self.damping)
+        return deq.Implicit(self.build())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JacConfig:
+    """Jacobian regularisation, and the random step budget that goes with it."""
+
+    gamma: float = option(0.0, "weight of the penalty after the warm-up phase; 0 for none")
+    prob: float = option(1.0, "share of the training steps that compute the penalty")
+    probes: int = option(1, "Gaussian probes for each estimate")
+    increment: float = option(0.0, "added to gamma every increment_every steps")
+    increment_every: int = option(1, "steps between two increments, counted after the warm-up")
+    stop_step: int | None = option(None, "step from which the penalty is off; none for never")
+    warmup_gamma: float = option(0.0, "weight of the penalty during the warm-up phase")
+    budget_low: int = option(0, "random step budget: solver.max_steps plus low..high, low <= 0")
+    budget_high: int = option(0, "random step budget: solver.max_steps plus low..high, high >= 0")
+    budget_on: Literal["penalty", "all"] = option(
+        "penalty", "steps that draw a random budget: those with a penalty, or all"
+    )
+
+    def __post_init__(self) -> None:
+        require(0 <= self.gamma < math.inf, "gamma", "at least 0 and finite", self.gamma)
+        require(0 <= self.prob <= 1, "prob", "in [0, 1]", self.prob)
+        require(self.probes >= 1, "probes", "at least 1", self.probes)
+        require(self.increment >= 0, "increment", "at least 0", self.increment)
+        require(self.increment_every >= 1, "increment_every", "at least 1", self.increment_every)
+        require(self.warmup_gamma >= 0, "warmup_gamma", "at least 0", self.warmup_gamma)
+        require(self.budget_low <= 0, "budget_low", "at most 0", self.budget_low)
+        require(self.budget_high >= 0, "budget_high", "at least 0", self.budget_high)
+        if self.stop_step is not None:
+            require(self.stop_step >= 0, "stop_step", "at least 0, or none", self.stop_step)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimiser and learning-rate schedule."""
+
+    name: Literal["adam", "adamw", "sgd", "radam"] = option("adam", "the optimiser")
+    lr: float = option(1e-3, "peak learning rate")
+    schedule: Literal["constant", "cosine", "inverse_sqrt"] = option(
+        "cosine", "learning rate after its warm-up"
+    )
+    warmup_steps: int = option(0, "steps in which the learning rate rises linearly from 0")
+    end_lr: float = option(0.0, "learning rate at the last step of the cosine")
+    weight_decay: float = option(0.0, "decoupled for adamw, added to the gradient for the others")
+    clip: float | None = option(None, "largest global norm of the gradient; none for no clipping")
+    momentum: float = option(0.9, "momentum of sgd")
+    nesterov: bool = option(False, "nesterov momentum of sgd")
+    b1: float = option(0.9, "decay of the first moment (adam, adamw, radam)")
+    b2: float = option(0.999, "decay of the second moment (adam, adamw, radam)")
+    eps: float = option(1e-8, "added to the root of the second moment (adam, adamw, radam)")
+
+    def __post_init__(self) -> None:
+        require(0 < self.lr < math.inf, "lr", "above 0 and finite", self.lr)
+        require(self.warmup_steps >= 0, "warmup_steps", "at least 0", self.warmup_steps)
+        require(0 <= self.end_lr <= self.lr, "end_lr", f"in [0, lr = {self.lr}]", self.end_lr)
+        require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
+        require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
+        require(0 <= self.b1 < 1, "b1", "in [0, 1)", self.b1)
+        require(0 <= self.b2 < 1, "b2", "in [0, 1)", self.b2)
+        require(self.eps > 0, "eps", "above 0", self.eps)
+        if self.clip is not None:
+            require(self.clip > 0, "clip", "above 0, or none", self.clip)
+        if self.schedule == "inverse_sqrt":
+            require(
+                self.warmup_steps >= 1,
+                "warmup_steps",
+                "at least 1 for inverse_sqrt",
+                self.warmup_steps,
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length and rhythm of the training run."""
+
+    steps: int = option(1000, "training steps in all")
+    batch_size: int = option(64, "examples in a training batch, over all devices")
+    seed: int = option(0, "seed of the weights, the masks, the penalty and the data order")
+    warmup_steps: int = option(0, "first steps, which train the weight-tied unrolled network")
+    warmup_layers: int = option(4, "layers of the weight-tied unrolled network")
+    log_every: int = option(50, "steps between two lines of metrics", may_change=True)
+    eval_every: int = option(0, "steps between evaluations; 0 for the end only", may_change=True)
+    checkpoint_every: int = option(500, "steps between two checkpoints", may_change=True)
+    keep: int = option(2, "checkpoints kept, the newest ones", may_change=True)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "warmup_layers", "log_every"):
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("warmup_steps", "eval_every", "seed"):
+            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        for name in ("checkpoint_every", "keep"):
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation."""
+
+    max_steps: int | None = option(
+        None, "solver budget; none for solver.max_steps", may_change=True
+    )
+    budgets: tuple[int, ...] = option((), "further budgets to evaluate at", may_change=True)
+    spectral_batches: int = option(
+        0, "batches on which spectral radius and penalty are measured; 0 for none", may_change=True
+    )
+    spectral_iters: int = option(100, "power iterations of the spectral radius", may_change=True)
+
+    def __post_init__(self) -> None:
+        if self.max_steps is not None:
+            require(self.max_steps >= 1, "max_steps", "at least 1, or none", self.max_steps)
+        require(all(b >= 1 for b in self.budgets), "budgets", "at least 1 each", self.budgets)
+        require(self.spectral_batches >= 0, "spectral_batches", "at least 0", self.spectral_batches)
+        require(self.spectral_iters >= 1, "spectral_iters", "at least 1", self.spectral_iters)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What every experiment needs; experiments inherit and add `model` and `data`."""
+
+    workdir: str = option(
+        "runs/default", "folder of checkpoints, metrics and plots", may_change=True
+    )
+    solver: SolverConfig = SolverConfig()
+    backward: BackwardConfig = BackwardConfig()
+    jac: JacConfig = JacConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    def __post_init__(self) -> None:
+        require(bool(self.workdir), "workdir", "the name of a folder", self.workdir)
+        require(
+            self.solver.max_steps + self.jac.budget_low >= 1,
+            "jac.budget_low",
+            f"above -solver.max_steps = -{self.solver.max_steps}",
+            self.jac.budget_low,
+        )
+
+    @property
+    def eval_steps(self) -> int:
+        """The budget of the main evaluation."""
+        return self.eval.max_steps or self.solver.max_steps
+
+    @property
+    def eval_budgets(self) -> tuple[int, ...]:
+        """All budgets of an evaluation, in rising order."""
+        return tuple(sorted({*self.eval.budgets, self.eval_steps}))
+
+    def build_solver(self) -> deq.Picard | deq.Anderson | deq.Broyden:
+        """The forward solver, with room for the largest budget of training and evaluation.
+
+        The training and evaluation steps pass the budget of each solve (`max_steps`) themselves.
+
+        Returns:
+          A solver whose `max_steps` no budget exceeds.
+
+        Example:
+          >>> Config(eval=EvalConfig(budgets=(4, 50))).build_solver().max_steps
+          50
+        """
+        largest = max(self.solver.max_steps + self.jac.budget_high, *self.eval_budgets)
+        return self.solver.build(largest)

@@ -1,0 +1,91 @@
+"""What a person sees of a run: a progress bar on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+
+class Console:
+    """Progress and messages, on stderr."""
+
+    def __init__(self, total: int, *, enabled: bool) -> None:
+        """Prepares the console; the bar appears with the first progress.
+
+        Args:
+          total: training steps in all.
+          enabled: False on all processes but one.
+        """
+        self._total, self._enabled, self._bar = total, enabled, None
+        self._is_terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> Console:
+        """Shows nothing yet."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leaves the bar where it is."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def say(self, text: str) -> None:
+        """Shows a sentence.
+
+        Args:
+          text: without a final newline.
+        """
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def advance(self, step: int) -> None:
+        """Moves the bar.
+
+        Args:
+          step: the number of finished steps.
+        """
+        if not (self._enabled and self._is_terminal):
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._total, initial=step, file=sys.stderr, dynamic_ncols=True)
+        self._bar.update(step - self._bar.n)
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows the metrics of the last steps.
+
+        Args:
+          step: the number of finished steps.
+          values: loss, steps_per_second, fwd_steps (NFE) and unconverged are shown.
+        """
+        words = [f"loss {values['loss']:.4g}"] if "loss" in values else []
+        if "fwd_steps" in values:
+            words.append(f"nfe {values['fwd_steps']:.1f}")
+        if values.get("unconverged"):
+            words.append(f"unconverged {values['unconverged']:.0%}")
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(words))
+        else:
+            if "steps_per_second" in values:
+                words.append(f"{values['steps_per_second']:.2f} steps/s")
+            self.say(f"step {step}/{self._total}  {'  '.join(words)}")
+
+    def show_evaluation(self, step: int, budget: int, values: Mapping[str, float]) -> None:
+        """Shows the main evaluation.
+
+        Args:
+          step: the number of finished steps.
+          budget: of the solver.
+          values: metric -> number.
+        """
+        solver = ("fwd_steps", "fwd_residual", "unconverged")
+        words = [f"{name} {value:.4g}" for name, value in values.items() if name not in solver]
+        if "fwd_steps" in values:
+            words.append(f"nfe {values['fwd_steps']:.1f} of {budget}")
+            words.append(f"unconverged {values['unconverged']:.0%}")
+        self.say(f"evaluation at step {step}:  {'  '.join(words)}")

@@ -1,0 +1,249 @@
+"""Nested frozen dataclasses on the command line, as dotted absl flags.
+
+`--solver.max_steps=12` sets the field `max_steps` of the part `solver`.  Supported fields: int,
+float, bool, str, `Literal[...]` of strings, tuples of int, float or str (written `1,2,4`; empty for
+the empty tuple), and each of these `| None` (written `none`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NoReturn, TypeVar
+
+from absl import app
+from absl import flags as absl_flags
+
+from deq_jax.training import fields
+from deq_jax.training.errors import Interrupted, UsageError
+
+ConfigT = TypeVar("ConfigT")
+
+
+def run(main: Callable[[ConfigT], object], presets: Mapping[str, ConfigT], *, default: str) -> None:
+    """Parses the command line into a configuration and runs an experiment with it.
+
+    A whole main.py:
+
+        from deq_jax.training import flags
+        from experiments.toy_regression.config import PRESETS
+        from experiments.toy_regression.experiment import run_experiment
+
+        if __name__ == "__main__":
+            flags.run(run_experiment, PRESETS, default="paper")
+
+    `--preset=NAME` chooses the defaults of all other flags; `--solver.tol=1e-4` and the like
+    override them.  What a user can mend (a flag, a value, a `UsageError` from the experiment) is
+    shown in one sentence on stderr and ends with exit code 1; an interrupted run ends with
+    128 + signal number, as shells do, so that a scheduler knows that it is not finished.
+
+    Args:
+      main: called with the configuration.
+      presets: name -> configuration, all of one type.
+      default: the preset used when `--preset` is not given.
+
+    Raises:
+      SystemExit: always, as absl's `app.run`.
+
+    Example:
+      >>> run(print, {"small": Config()}, default="small")  # doctest: +SKIP
+    """
+    values = absl_flags.FLAGS
+    try:
+        preset = find_preset(presets, default, sys.argv, values)
+        define(preset, presets, values)
+    except UsageError as error:
+        _fail(str(error))
+
+    def parse(argv: Sequence[str]) -> Any:
+        try:
+            return parse_config(presets[preset], argv, values)
+        except UsageError as error:
+            _fail(f"{error}\n(--helpshort lists all flags)")
+
+    def guarded(config: Any) -> None:
+        try:
+            main(config)
+        except UsageError as error:
+            _fail(str(error))
+        except Interrupted as request:
+            sys.stderr.write(f"{request}\n")
+            sys.exit(128 + request.signal_number)
+
+    app.run(guarded, flags_parser=parse)
+
+
+def find_preset(
+    presets: Mapping[str, Any], default: str, argv: Sequence[str], values: absl_flags.FlagValues
+) -> str:
+    """Reads `--preset` before the other flags exist, whose defaults depend on it.
+
+    Args:
+      presets: name -> configuration.
+      default: the name to use when the flag is absent.
+      argv: the command line with the program's name.
+      values: expands `--flagfile`.
+
+    Returns:
+      A key of `presets`.
+
+    Raises:
+      UsageError: there is no such preset.
+
+    Example:
+      >>> find_preset({"a": 1, "b": 2}, "a", ["prog", "--preset=b"], absl_flags.FlagValues())
+      'b'
+    """
+    name = default
+    args = values.read_flags_from_files(list(argv[1:]), force_gnu=False)
+    for arg, following in zip(args, [*args, ""][1:], strict=True):
+        key, equals, value = arg.partition("=")
+        if arg == "--":
+            break
+        if key in ("--preset", "-preset"):
+            name = value if equals else following
+    if name not in presets:
+        raise UsageError(
+            f"unknown preset {name!r}; presets: {', '.join(presets)}{_did_you_mean(name, presets)}"
+        )
+    return name
+
+
+def define(preset: str, presets: Mapping[str, Any], values: absl_flags.FlagValues) -> None:
+    """Defines `--preset` and one flag for every field, with the preset's values as defaults.
+
+    Args:
+      preset: a key of `presets`.
+      presets: name -> configuration.
+      values: where the flags are defined.
+
+    Example:
+      >>> from deq_jax.training.config import Config
+      >>> values = absl_flags.FlagValues()
+      >>> define("a", {"a": Config()}, values)
+      >>> values["solver.max_steps"].default
+      30
+    """
+
+    def add(flag: absl_flags.Flag) -> None:
+        # The program's own name as module: --helpshort shows the flags of the main module only.
+        absl_flags.DEFINE_flag(flag, values, module_name=sys.argv[0])
+
+    help_text = f"set of defaults for all other flags: {', '.join(presets)}"
+    add(absl_flags.Flag(_Parser(str), _Serializer(), "preset", preset, help_text))
+    for leaf in fields.leaves(presets[preset]):
+        if leaf.type is bool:
+            add(absl_flags.BooleanFlag(leaf.name, leaf.value, leaf.description))
+        else:
+            # absl leaves a default of None out of its help.
+            text = leaf.description + ("\n(default: none)" if leaf.value is None else "")
+            add(absl_flags.Flag(_Parser(leaf.type), _Serializer(), leaf.name, leaf.value, text))
+
+
+def parse_config(config: ConfigT, argv: Sequence[str], values: absl_flags.FlagValues) -> ConfigT:
+    """Parses a command line over the defaults of a preset.
+
+    Args:
+      config: the preset that `define` was given.
+      argv: the command line with the program's name.
+      values: where `define` put the flags.
+
+    Returns:
+      A configuration of the same type.
+
+    Raises:
+      UsageError: an unknown flag, a value that cannot be read or is refused, a stray argument.
+
+    Example:
+      >>> from deq_jax.training.config import Config
+      >>> values = absl_flags.FlagValues()
+      >>> define("a", {"a": Config()}, values)
+      >>> parse_config(Config(), ["prog", "--optim.lr=0.5"], values).optim.lr
+      0.5
+    """
+    names = [leaf.name for leaf in fields.leaves(config)]
+    try:
+        rest = values(list(argv))
+    except absl_flags.UnrecognizedFlagError as error:
+        hint = _did_you_mean(error.flagname, [*names, "preset"])
+        raise UsageError(f"unknown flag --{error.flagname}{hint}") from error
+    except absl_flags.Error as error:
+        raise UsageError(str(error)) from error
+    if rest[1:]:
+        raise UsageError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+    try:
+        return fields.replace(config, {name: values[name].value for name in names})
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
+
+
+class _Parser(absl_flags.ArgumentParser):
+    """Reads the text of one flag by the annotation of its field."""
+
+    def __init__(self, annotation: Any) -> None:
+        super().__init__()
+        self.inner, self.optional = fields.optional_of(annotation)
+        self.item = None
+        if typing.get_origin(self.inner) is tuple:
+            self.item = typing.get_args(self.inner)[0]
+        supported = (int, float, bool, str)
+        literal = typing.get_origin(self.inner) is Literal
+        if not literal and self.inner not in supported and self.item not in supported:
+            raise TypeError(f"a flag cannot hold a {annotation}; see the docstring of flags.py")
+        self.syntactic_help = self.flag_type()
+
+    def parse(self, argument: Any) -> Any:
+        """Text -> value; a default comes as the value itself."""
+        if not isinstance(argument, str):
+            return argument
+        if self.optional and argument.lower() == "none":
+            return None
+        try:
+            if self.item is not None:
+                return tuple(self.item(part) for part in argument.split(",") if part.strip())
+            if self.inner is bool:
+                return {"true": True, "1": True, "false": False, "0": False}[argument.lower()]
+            if typing.get_origin(self.inner) is not Literal:
+                return self.inner(argument)
+        except (ValueError, KeyError):
+            raise ValueError(f"expected {self.flag_type()}") from None
+        choices = typing.get_args(self.inner)
+        if argument not in choices:
+            raise ValueError(f"expected {self.flag_type()}{_did_you_mean(argument, choices)}")
+        return argument
+
+    def flag_type(self) -> str:
+        """What the flag takes, in words, for --help."""
+        names = {int: "integer", float: "number", str: "text", bool: "true or false"}
+        if self.item is not None:
+            words = f"list such as 1,2,4 of {names[self.item]}"
+        elif typing.get_origin(self.inner) is Literal:
+            words = "one of " + "|".join(typing.get_args(self.inner))
+        else:
+            words = names[self.inner]
+        return f"{words}, or none" if self.optional else words
+
+
+class _Serializer(absl_flags.ArgumentSerializer):
+    """Writes a value as the command line takes it."""
+
+    def serialize(self, value: Any) -> str:
+        if value is None:
+            return "none"
+        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _did_you_mean(word: str, known: Any) -> str:
+    """A suggestion: first names that are spelt alike, then names with the same last part."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.75)
+    last = word.rpartition(".")[2]
+    close += [n for n in known if n.rpartition(".")[2] == last and n not in close]
+    return f"; did you mean {' or '.join(close[:3])}?" if close else ""
+
+
+def _fail(message: str) -> NoReturn:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(1)

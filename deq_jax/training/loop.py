@@ -1,0 +1,281 @@
+"""The training loop: everything around the step that happens on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from jax.sharding import Mesh
+
+from deq_jax.training import fields, metrics, workdir
+from deq_jax.training.checkpoint import CheckpointError, Checkpoints
+from deq_jax.training.config import Config
+from deq_jax.training.console import Console
+from deq_jax.training.errors import Interrupted, UsageError
+from deq_jax.training.evaluation import Evaluator, Summarize
+from deq_jax.training.optim import make_optimizer
+from deq_jax.training.parallel import make_mesh
+from deq_jax.training.placement import place
+from deq_jax.training.signals import StopRequest
+from deq_jax.training.state import TrainState, abstract_state, create_state
+from deq_jax.training.step import make_train_step
+from deq_jax.training.task import DataIterator, EvalData, Task
+from deq_jax.training.writers import MetricWriter, read_history
+
+# Steps that the host may be ahead of the devices: enough to keep them busy, few enough that a
+# request to stop is honoured soon and that batches do not pile up.
+_AHEAD = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a finished run leaves.
+
+    Attributes:
+      state: the final state.
+      evaluation: budget -> metric -> number, of the final evaluation; {} without eval_data.
+      history: the records of metrics.jsonl, oldest first.  Each has "kind" ("train" or "eval"),
+        "step", and the metrics; an "eval" record has "budget" besides.
+    """
+
+    state: TrainState
+    evaluation: dict[int, dict[str, float]]
+    history: list[dict[str, Any]]
+
+
+def train(
+    task: Task,
+    config: Config,
+    train_data: DataIterator,
+    eval_data: EvalData | None = None,
+    *,
+    mesh: Mesh | None = None,
+    summarize: Summarize = metrics.compute,
+) -> TrainResult:
+    """Trains a task, or resumes it, in `config.workdir`.
+
+    A run that was interrupted, even by kill -9, continues from its newest checkpoint and ends with
+    the same parameters, bit for bit, as one that was not.
+
+    Args:
+      task: model and loss.
+      config: the whole configuration; written to config.json.
+      train_data: endless training batches, at the position of the first batch of the run.
+      eval_data: called at every evaluation for the batches of one pass; None for no evaluation.
+      mesh: devices, from `parallel.make_mesh`; None for all devices.
+      summarize: turns merged sums into the numbers that are written; the default divides them.
+
+    Returns:
+      A `TrainResult`.
+
+    Raises:
+      UsageError: the workdir holds another configuration or no usable checkpoint; the loss is no
+        longer finite; a batch does not divide over the devices; the final state cannot be saved.
+      Interrupted: SIGTERM or SIGINT came; a checkpoint was saved.
+
+    Example:
+      >>> result = train(task, config, train_data, eval_data)  # doctest: +SKIP
+      >>> result.evaluation[config.eval_steps]["loss"]  # doctest: +SKIP
+    """
+    mesh = make_mesh() if mesh is None else mesh
+    folder = workdir.claim(config)
+    evaluator = None
+    if eval_data is not None:
+        evaluator = Evaluator(task, config, eval_data, mesh=mesh, summarize=summarize)
+    with (
+        StopRequest() as stop,
+        Console(config.train.steps, enabled=jax.process_index() == 0) as console,
+        Checkpoints(
+            folder / "checkpoints",
+            keep=config.train.keep,
+            fits=partial(_misfit, config),
+            say=console.say,
+        ) as checkpoints,
+    ):
+        run = _Run(
+            task, config, train_data, evaluator, mesh, folder, console, checkpoints, summarize
+        )
+        evaluation = run.to_the_end(stop)
+    return TrainResult(run.state, evaluation, read_history(folder))
+
+
+class _Run:
+    """The variables of one call of `train`."""
+
+    def __init__(
+        self,
+        task: Task,
+        config: Config,
+        train_data: DataIterator,
+        evaluator: Evaluator | None,
+        mesh: Mesh,
+        folder: Path,
+        console: Console,
+        checkpoints: Checkpoints,
+        summarize: Summarize,
+    ) -> None:
+        self.config, self.data, self.evaluator, self.mesh = config, train_data, evaluator, mesh
+        self.folder, self.console, self.checkpoints = folder, console, checkpoints
+        self.summarize = summarize
+        optimizer = make_optimizer(config.optim, config.train.steps)
+        self.warmup_step = make_train_step(task, config, optimizer, mesh, warmup=True)
+        self.train_step = make_train_step(task, config, optimizer, mesh)
+        self.step = 0
+        self.saved_step = 0
+        self.in_warmup: bool | None = None
+        self.pending: list[tuple[int, dict[str, metrics.Mean]]] = []  # on the devices
+        self.window: dict[str, metrics.Mean] = {}  # on the host, since the last line of metrics
+        state = self._restore(abstract_state(task, optimizer, mesh))
+        if state is None:
+            state = create_state(task, optimizer, config.train.seed, mesh)
+        self.state = state
+        self._restart_clock()
+        try:
+            self.writer = MetricWriter(self.folder, self.step, self.console.say)
+        except OSError as error:
+            raise UsageError(f"cannot write metrics to {self.folder}: {error.strerror}") from error
+
+    def to_the_end(self, stop: StopRequest) -> dict[int, dict[str, float]]:
+        """Trains until the last step; returns the final evaluation."""
+        every = self.config.train
+        evaluation: dict[int, dict[str, float]] = {}
+        while self.step < every.steps:
+            if stop.number is not None:
+                self._leave(stop.number)
+            self._advance()
+            if self._is_due(every.log_every):
+                self._log()
+            if self.evaluator is not None and self._is_due(every.eval_every):
+                evaluation = self._evaluate(self.evaluator)
+            if self._is_due(every.checkpoint_every):
+                self._save_if_possible()
+        if stop.number is not None:  # what the caller would do next must not begin
+            self._leave(stop.number)
+        if self.evaluator is not None and not evaluation:  # the run was finished already
+            evaluation = self.evaluator(self.state)
+        self.checkpoints.finish()
+        return evaluation
+
+    def _is_due(self, every: int) -> bool:
+        return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
+
+    def _restore(self, template: TrainState) -> TrainState | None:
+        restored = self.checkpoints.restore(template)
+        if restored is None:
+            return None
+        self.data.set_state(restored.host["data"])
+        self.window = metrics.from_json(restored.host["window"])
+        self.step = self.saved_step = int(restored.state.step)
+        self.console.say(f"resuming {self.folder} at step {self.step}")
+        return restored.state
+
+    def _advance(self) -> None:
+        try:
+            batch = next(self.data)
+        except StopIteration:
+            raise UsageError(
+                f"the training data ended at step {self.step} of {self.config.train.steps}; wanted "
+                "an endless iterator: repeat the data, or lower train.steps"
+            ) from None
+        warmup = self.step < self.config.train.warmup_steps
+        step = self.warmup_step if warmup else self.train_step
+        compiles, self.in_warmup = warmup != self.in_warmup, warmup
+        self.state, measured = step(self.state, place(batch, self.mesh))
+        self.step += 1
+        self.pending.append((self.step, measured))
+        if compiles:
+            jax.block_until_ready(measured)
+            self._restart_clock()
+        elif len(self.pending) > _AHEAD:
+            jax.block_until_ready(self.pending[-1 - _AHEAD][1])
+        self.console.advance(self.step)
+
+    def _restart_clock(self) -> None:
+        self.clock = (time.perf_counter(), self.step)
+
+    def _flush(self) -> None:
+        """Fetches the metrics of the steps since the last flush and checks that they are finite."""
+        fetched = jax.device_get(self.pending)
+        self.pending = []
+        for step, measured in fetched:
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(measured[name].total):
+                    self._complain(name, step, fetched[0][0], fetched[-1][0])
+            self.window = metrics.merge(self.window, measured)
+
+    def _complain(self, name: str, step: int, first: int, last: int) -> NoReturn:
+        self.checkpoints.finish()
+        saved = self.checkpoints.steps()
+        good = f"the checkpoint of step {saved[-1]} is from before" if saved else "none was saved"
+        raise UsageError(
+            f"{name} is not finite at step {step} (found on checking steps {first} to {last}); "
+            f"{good}.  Lower optim.lr, set optim.clip or raise jac.gamma, in another --workdir: "
+            "the same run would fail again"
+        )
+
+    def _log(self) -> None:
+        self._flush()
+        values = self.summarize(self.window)
+        seconds, since = time.perf_counter() - self.clock[0], self.clock[1]
+        if self.step > since:
+            values["steps_per_second"] = (self.step - since) / seconds
+        self.writer.write("train", self.step, values)
+        self.console.show(self.step, values)
+        self.window = {}
+        self._restart_clock()
+
+    def _evaluate(self, evaluator: Evaluator) -> dict[int, dict[str, float]]:
+        evaluation = evaluator(self.state)
+        for budget, values in evaluation.items():
+            self.writer.write("eval", self.step, values, budget=budget)
+        main = self.config.eval_steps
+        self.console.show_evaluation(self.step, main, evaluation[main])
+        self._restart_clock()
+        return evaluation
+
+    def _save(self) -> None:
+        """Begins a checkpoint, after making sure that it is worth keeping."""
+        self._flush()
+        try:
+            self.checkpoints.finish()
+        except CheckpointError as error:
+            self.console.say(f"{error}; training goes on")
+        host = {
+            "config": fields.to_dict(self.config),
+            "data": self.data.get_state(),
+            "window": metrics.to_json(self.window),
+        }
+        self.checkpoints.save(self.step, self.state, host)
+        self.saved_step = self.step
+
+    def _save_if_possible(self) -> None:
+        """A full disk ends a run only when nothing can be lost by going on: at its last step."""
+        try:
+            self._save()
+        except CheckpointError as error:
+            if self.step == self.config.train.steps:
+                raise
+            self.console.say(f"{error}; training goes on")
+
+    def _leave(self, number: int) -> NoReturn:
+        name = signal.Signals(number).name
+        if self.step > self.saved_step:
+            self._save()
+        self.checkpoints.finish()
+        raise Interrupted(
+            f"stopped by {name} after step {self.step} of {self.config.train.steps}; run the same "
+            f"command again to resume from there ({self.folder})",
+            number,
+        )
+
+
+def _misfit(config: Config, host: dict[str, Any]) -> str:
+    """Why a checkpoint cannot be continued by a run of this configuration; "" if it can."""
+    differing = fields.differences(host["config"], config)
+    return f"it is of another configuration: {'; '.join(differing)}" if differing else ""

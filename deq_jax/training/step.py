@@ -1,0 +1,159 @@
+"""The one training step of all tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+import deq_jax as deq
+from deq_jax.training import metrics, regularize
+from deq_jax.training.config import Config
+from deq_jax.training.optim import make_schedule
+from deq_jax.training.parallel import batch_sharding, replicated
+from deq_jax.training.state import TrainState, split_seed
+from deq_jax.training.task import Batch, Output, Task
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, metrics.Mean]]]
+
+
+def make_train_step(
+    task: Task,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    warmup: bool = False,
+) -> TrainStep:
+    """Builds the compiled step of one phase of training.
+
+        minimise  loss(params) + gamma(step) * Bernoulli(prob) * penalty(params)
+
+    Args:
+      task: model and loss.
+      config: the whole configuration.
+      optimizer: from `optim.make_optimizer`.
+      mesh: the state is replicated over it, batches are split over it.
+      warmup: True for the phase that trains the weight-tied unrolled network.
+
+    Returns:
+      A jitted function (state, batch) -> (state, metrics).  The state given is donated: it must not
+      be used again.  Metrics are `Mean`s; see `_metrics` and the end of `step` for their names.
+
+    Example:
+      >>> step = make_train_step(task, config, optimizer, mesh)  # doctest: +SKIP
+      >>> state, metrics = step(state, batch)  # doctest: +SKIP
+    """
+    root = split_seed(config.train.seed)[1]
+    learning_rate = make_schedule(config.optim, config.train.steps)
+    penalised = regularize.is_used(config, warmup=warmup)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, metrics.Mean]]:
+        key = jax.random.fold_in(root, state.step)
+        model_key, draw_key, probe_key = jax.random.split(key, 3)
+        drawn = regularize.draw(config, state.step, draw_key)
+        budget = 0 if warmup else drawn.budget  # an int: no solve is compiled
+
+        def objective(params: Any, probe: Any) -> tuple[jax.Array, tuple[Output, jax.Array]]:
+            output = task.forward(
+                params,
+                state.extra,
+                batch,
+                key=model_key,
+                train=True,
+                warmup=warmup,
+                max_steps=budget,
+                probe=probe,
+            )
+            penalty = jnp.float32(0)
+            if penalised:
+                penalty = _penalty(output, drawn.penalise, probe_key, config.jac.probes)
+            return output.loss + drawn.gamma * penalty, (output, penalty)
+
+        # The gradient with respect to the probe is no gradient: it carries the statistics of the
+        # backward solve.  The unrolled network has no such solve.
+        probe = None if warmup else deq.backward_probe(batch["mask"])
+        (_, (output, penalty)), (grads, backward) = jax.value_and_grad(
+            objective, argnums=(0, 1), has_aux=True
+        )(state.params, probe)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        measured = forward_metrics(output, batch["mask"])
+        one = jnp.float32(1)
+        if penalised:
+            measured["penalty"] = metrics.Mean(penalty, drawn.penalise.astype(jnp.float32))
+        if not warmup:
+            measured |= _backward_metrics(backward, batch["mask"])
+            measured["budget"] = metrics.Mean(drawn.budget.astype(jnp.float32), one)
+        measured["gamma"] = metrics.Mean(drawn.gamma, one)
+        measured["lr"] = metrics.Mean(learning_rate(state.step), one)
+        measured["grad_norm"] = metrics.Mean(optax.tree.norm(grads), one)
+        return TrainState(state.step + 1, params, opt_state, output.extra), measured
+
+    shared, split = replicated(mesh), batch_sharding(mesh)
+    return jax.jit(
+        step, in_shardings=(shared, split), out_shardings=(shared, shared), donate_argnums=0
+    )
+
+
+def forward_metrics(output: Output, mask: jax.Array) -> dict[str, metrics.Mean]:
+    """Loss, the task's own sums, and the statistics of the forward solve.
+
+    Args:
+      output: of a forward pass.
+      mask: float32[B], 0 for padding.
+
+    Returns:
+      "loss", the task's names, and if there was an equilibrium layer "fwd_steps", "fwd_residual"
+      and "unconverged" (the share of examples whose solve did not reach the tolerance).
+
+    Example:
+      >>> one = jnp.ones(2)
+      >>> output = Output(loss=jnp.float32(0.5), sums={"count": one.sum()}, extra={}, solution=None)
+      >>> metrics.compute(forward_metrics(output, one))
+      {'loss': 0.5}
+    """
+    count = mask.sum()
+    measured = {"loss": metrics.Mean(output.loss * count, count), **metrics.means(output.sums)}
+    if output.solution is not None:
+        stats = output.solution.stats
+        mask = mask * (stats.num_steps > 0)  # the unrolled network solves nothing
+        measured["fwd_steps"] = _masked(stats.num_steps, mask)
+        measured["fwd_residual"] = _masked(stats.residual, mask)
+        measured["unconverged"] = _masked(~stats.converged, mask)
+    return measured
+
+
+def _backward_metrics(stats: Any, mask: jax.Array) -> dict[str, metrics.Mean]:
+    mask = mask * (stats.num_steps > 0)  # an unrolled gradient solves no backward system
+    return {
+        "bwd_steps": _masked(stats.num_steps, mask),
+        "bwd_residual": _masked(stats.residual, mask),
+        "bwd_unconverged": _masked(1 - stats.converged, mask),
+    }
+
+
+def _masked(values: jax.Array, mask: jax.Array) -> metrics.Mean:
+    """Sum over the real examples; where() because 0 * inf would spoil it."""
+    return metrics.Mean(jnp.where(mask > 0, values * mask, 0).sum(), mask.sum())
+
+
+def _penalty(output: Output, penalise: jax.Array, key: jax.Array, probes: int) -> jax.Array:
+    """The penalty at the solution if `penalise`, else 0 without computing it."""
+    if output.solution is None:
+        raise ValueError(
+            "got Output.solution=None with a Jacobian penalty; wanted the solution of the DEQ "
+            "layer: return it from forward, or set jac.gamma, jac.increment and jac.warmup_gamma "
+            "to 0"
+        )
+    at = output.solution.at
+    return jax.lax.cond(
+        penalise,
+        lambda: deq.frobenius_penalty(*at, key=key, probes=probes).astype(jnp.float32),
+        lambda: jnp.float32(0),
+    )

@@ -1,0 +1,98 @@
+"""What an experiment must provide: a `Task`, whose `forward` returns an `Output`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+
+from deq_jax.solvers import Solution
+
+Batch = Mapping[str, Any]
+"""Arrays with a common leading axis B, among them "mask" float32[B]: 0 marks padding."""
+
+EvalData = Callable[[], Iterable[Batch]]
+"""Called at each evaluation; returns the batches of one pass over the evaluation set."""
+
+
+@flax.struct.dataclass
+class Output:
+    """What one forward pass of a task returns.
+
+    Attributes:
+      loss: float32 scalar, the mean over the examples whose mask is 1.
+      sums: name -> scalar (or array) summed over the examples whose mask is 1.  Always holds
+        "count", their number (or that of tokens, pixels ...), by which the others are divided.
+      extra: the untrained collections after this pass (batch statistics ...), {} when none.
+      solution: the solution of the equilibrium layer with its `equation` filled in, for statistics
+        and the Jacobian penalty; None if the pass had none.
+    """
+
+    loss: jax.Array
+    sums: dict[str, jax.Array]
+    extra: Any
+    solution: Solution | None
+
+
+class Task(Protocol):
+    """An experiment, as the training step sees it.  Any object with these two methods will do."""
+
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        """Draws the initial weights.
+
+        Args:
+          key: a PRNG key.
+
+        Returns:
+          (params, extra): the trained parameters, and the untrained collections ({} when none).
+        """
+        ...
+
+    def forward(
+        self,
+        params: Any,
+        extra: Any,
+        batch: Batch,
+        *,
+        key: jax.Array | None,
+        train: bool,
+        warmup: bool,
+        max_steps: int | jax.Array,
+        probe: Any,
+    ) -> Output:
+        """One forward pass, traced under jit.
+
+        Args:
+          params: trained parameters.
+          extra: untrained collections.
+          batch: arrays [B, ...], with "mask" float32[B].
+          key: for dropout and the like; None in evaluation.
+          train: static; whether this is a training pass.
+          warmup: static; True asks for the weight-tied unrolled network
+            (`Unroll(config.train.warmup_layers)` from a solve of 0 steps).
+          max_steps: the budget of the solve, to be handed to the DEQ layer: a traced int32 scalar,
+            or the int 0 in the warm-up phase.
+          probe: to be handed to the DEQ layer (see `deq.backward_probe`); None in evaluation.
+
+        Returns:
+          An `Output`.
+        """
+        ...
+
+
+class DataIterator(Protocol):
+    """An endless source of training batches that can be put back where it was."""
+
+    def __next__(self) -> Batch:
+        """The next batch, as numpy arrays."""
+        ...
+
+    def get_state(self) -> Any:
+        """The position before the next batch, as something that JSON can hold."""
+        ...
+
+    def set_state(self, state: Any) -> None:
+        """Returns to a position that `get_state` gave."""
+        ...
