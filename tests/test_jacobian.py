@@ -267,13 +267,12 @@ def test_jit_vmap_scan_and_checkpoint(function):
         return function(cell, params, z, x, key=key)
 
     plain = jnp.stack([one(a, k) for a, k in zip(zs, keys, strict=True)])
-    close = dict(rtol=1e-4)
-    np.testing.assert_allclose(jax.jit(one)(zs[0], keys[0]), plain[0], **close)
-    np.testing.assert_allclose(jax.vmap(one)(zs, keys), plain, **close)
-    np.testing.assert_allclose(jax.jit(jax.vmap(one))(zs, keys), plain, **close)
+    np.testing.assert_allclose(jax.jit(one)(zs[0], keys[0]), plain[0], rtol=1e-4)
+    np.testing.assert_allclose(jax.vmap(one)(zs, keys), plain, rtol=1e-4)
+    np.testing.assert_allclose(jax.jit(jax.vmap(one))(zs, keys), plain, rtol=1e-4)
     _, scanned = jax.lax.scan(lambda c, a: (c, one(*a)), 0, (zs, keys))
-    np.testing.assert_allclose(scanned, plain, **close)
-    np.testing.assert_allclose(jax.checkpoint(one)(zs[0], keys[0]), plain[0], **close)
+    np.testing.assert_allclose(scanned, plain, rtol=1e-4)
+    np.testing.assert_allclose(jax.checkpoint(one)(zs[0], keys[0]), plain[0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("probes", [1, 3])

@@ -73,7 +73,9 @@ class Regression:
             max_steps=max_steps,
             probe=probe,
         )
-        solution = solution.replace(equation=deq.Equation(cell, operands, (injected, mask)))
+        solution = dataclasses.replace(
+            solution, equation=deq.Equation(cell, operands, (injected, mask))
+        )
         error = (solution.value @ params["v"] - batch["y"]) ** 2
         count = batch["mask"].sum()
         total = (error * batch["mask"]).sum()
