@@ -128,14 +128,14 @@ def spectral_norm(
     """Scales weight matrices down so that their operator norm is at most ``bound``.
 
     w / max(1, sigma / bound), sigma = u^T w v, where the unit vectors u and v come from the power
-    sequence (w w^T)^k u0, k < iters, by Lanczos's method: it costs what power iteration costs and
+    sequence (w w^T)^k u0, k < iters, by Lanczos's method: hardly dearer than power iteration, it
     takes the best vector of the span, not the last.  Matrices within the bound are returned as
     they are.  A convolution kernel counts as the matrix ``[H * W * n_in, n_out]``, which bounds the
     norm of the convolution by ``bound * sqrt(H * W)``.
 
     The gradient takes u and v as constants, which is exact at convergence.  Sigma is found from
     below: on square Gaussian matrices, hard for having no gap, the norm of the result exceeded the
-    bound by rounding only at size 256, and by at most 0.12 % at size 700, with 30 iterations.
+    bound by rounding only at size 256, and by at most 0.7 % at size 700 (30 iterations, 12 draws).
 
     Args:
       params: tree of plain parameters.

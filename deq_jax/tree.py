@@ -15,8 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 PyTree = Any
+
+# Accelerators multiply float32 matrices in TF32 or bfloat16 unless told otherwise, too coarse for
+# a residual that is compared with a tolerance and for a Gram matrix that is nearly singular.
+EXACT = lax.Precision.HIGHEST
 
 
 def describe(tree: PyTree) -> str:
@@ -59,22 +64,23 @@ def batch_size(tree: PyTree) -> int:
 def batch_ravel(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
     """Flattens a batched tree to one row per sample.
 
-    Args:
-      tree: tree of floating-point arrays ``[B, ...]``, B >= 1.  Mixed dtypes are promoted.
+        Args:
+          tree: tree of floating-point arrays ``[B, ...]``, B >= 1.  Mixed dtypes are promoted.
 
-    Returns:
-      The matrix ``[B, D]`` and the function that turns such a matrix back into a tree of the
-      original shapes and dtypes.
+        Returns:
+          The matrix ``[B, D]`` and the function that turns such a matrix back into a tree of the
+          original shapes and dtypes.
 
-    Raises:
-      ValueError: for an empty batch, a leaf that is not floating-point, or leading axes that
-        disagree.
+        Raises:
+          ValueError: for an empty batch, a leaf that is not floating-point, or leading axes that
+            disagree.
 
-    Example:
-      >>> import jax.numpy as jnp
-      >>> flat, unravel = batch_ravel({"a": jnp.ones((2, 3)), "b": jnp.zeros((2, 2, 2))})
-      >>> flat.shape
-      (2, 7)
+        Example:
+          >>> import jax.numpy as jnp
+    from jax import lax
+          >>> flat, unravel = batch_ravel({"a": jnp.ones((2, 3)), "b": jnp.zeros((2, 2, 2))})
+          >>> flat.shape
+          (2, 7)
     """
     batch = batch_size(tree)
     leaves, treedef = jax.tree.flatten(tree)
@@ -126,7 +132,7 @@ def dot(a: PyTree, b: PyTree) -> jax.Array:
     def leaf(x: jax.Array, y: jax.Array) -> jax.Array:
         dtype = stat_dtype(jnp.result_type(x, y))
         x, y = x.reshape(x.shape[0], -1), y.reshape(y.shape[0], -1)
-        return jnp.einsum("bd,bd->b", x, y, preferred_element_type=dtype)
+        return jnp.einsum("bd,bd->b", x, y, precision=EXACT, preferred_element_type=dtype)
 
     return sum(jax.tree.leaves(jax.tree.map(leaf, a, b)))  # type: ignore[return-value]
 

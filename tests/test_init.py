@@ -152,7 +152,7 @@ def test_dtype_key_and_value_semantics(family):
 
 def test_serves_flax_modules():
     layer = nn.Dense(8, kernel_init=init.goe(0.4), param_dtype=jnp.bfloat16)
-    kernel = layer.init(jax.random.key(0), jnp.ones((1, 8)))["params"]["kernel"]
+    kernel = jnp.asarray(layer.init(jax.random.key(0), jnp.ones((1, 8)))["params"]["kernel"])
     assert kernel.dtype == jnp.bfloat16
     assert bool((kernel == kernel.T).all())
     assert hash(layer) == hash(nn.Dense(8, kernel_init=init.goe(0.4), param_dtype=jnp.bfloat16))

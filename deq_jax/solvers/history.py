@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deq_jax.tree import stat_dtype
+from deq_jax.tree import EXACT, stat_dtype
 
 # Below this size (bytes) one block is read faster than a branch is taken.
 _SPLIT_BYTES = 16 * 2**20
@@ -61,7 +61,7 @@ def inner(history: History, v: jax.Array, filled: jax.Array) -> jax.Array:
     dtype = stat_dtype(v.dtype)
 
     def read(block: jax.Array, v: jax.Array) -> jax.Array:
-        return jnp.einsum("bmd,bd->bm", block, v, preferred_element_type=dtype)
+        return jnp.einsum("bmd,bd->bm", block, v, precision=EXACT, preferred_element_type=dtype)
 
     if len(history) == 1:
         return read(history[0], v)
@@ -87,10 +87,11 @@ def combine(history: History, c: jax.Array, filled: jax.Array) -> jax.Array:
     Returns:
       ``[B, D]`` in the dtype of the history.
     """
-    dtype = history[0].dtype
+    dtype, wide = history[0].dtype, c.dtype
 
     def read(block: jax.Array, c: jax.Array) -> jax.Array:
-        out = jnp.einsum("bm,bmd->bd", c.astype(dtype), block, preferred_element_type=c.dtype)
+        c = c.astype(dtype)
+        out = jnp.einsum("bm,bmd->bd", c, block, precision=EXACT, preferred_element_type=wide)
         return out.astype(dtype)
 
     rows = history[0].shape[1]
