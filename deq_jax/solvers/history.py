@@ -90,9 +90,13 @@ def combine(history: History, c: jax.Array, filled: jax.Array) -> jax.Array:
     dtype, wide = history[0].dtype, c.dtype
 
     def read(block: jax.Array, c: jax.Array) -> jax.Array:
-        c = c.astype(dtype)
-        out = jnp.einsum("bm,bmd->bd", c, block, precision=EXACT, preferred_element_type=wide)
-        return out.astype(dtype)
+        if dtype == wide:
+            return jnp.einsum("bm,bmd->bd", c, block, precision=EXACT)
+        # Rounded to bfloat16, weights of size 10 no longer sum to one: use two such numbers each.
+        high = c.astype(dtype)
+        both = jnp.stack([high, (c - high.astype(wide)).astype(dtype)], axis=1)  # [B, 2, m]
+        out = jnp.einsum("bsm,bmd->bsd", both, block, precision=EXACT, preferred_element_type=wide)
+        return out.sum(axis=1).astype(dtype)
 
     rows = history[0].shape[1]
     total, start = read(history[0], c[:, :rows]), rows
