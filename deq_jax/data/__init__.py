@@ -1,0 +1,1 @@
+"""Data: random-access sources, and the path from a source to training and evaluation batches."""

@@ -1,0 +1,152 @@
+"""Image sets as random-access sources, and what is done to an image on its way into a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+from deq_jax.data.pipeline import Record
+
+Split = Literal["train", "test"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InMemory:
+    """A small image set held in memory; a `tfds.data_source` serves the same way.
+
+    Attributes:
+      images: uint8 or float [N, H, W, C].
+      labels: int32 [N].
+
+    Example:
+      >>> InMemory(np.zeros((3, 8, 8, 1)), np.arange(3, dtype=np.int32))[1]["label"]
+      np.int32(1)
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        """Refuses images and labels that do not belong together."""
+        if self.images.ndim != 4 or self.labels.shape != self.images.shape[:1]:
+            raise ValueError(
+                f"got images {self.images.shape} and labels {self.labels.shape}; wanted "
+                "[N, H, W, C] and [N]"
+            )
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Record:
+        """{"image": [H, W, C], "label": int32}."""
+        return {"image": self.images[index], "label": self.labels[index]}
+
+
+def digits(split: Split) -> InMemory:
+    """scikit-learn's bundled scans of handwritten digits: 1,797 images of 8 x 8, values 0 to 16.
+
+    Every fifth image is a test image: 360 to test, 1,437 to train.
+
+    Args:
+      split: "train" or "test".
+
+    Returns:
+      images uint8 [N, 8, 8, 1], labels 0 to 9.
+
+    Raises:
+      ValueError: another split.
+
+    Example:
+      >>> len(digits("test"))
+      360
+
+    Reference: Alpaydin & Kaynak, Optical Recognition of Handwritten Digits, UCI repository, 1998.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f'got split={split!r}; wanted "train" or "test"')
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    test = np.arange(len(bunch.target)) % 5 == 0
+    chosen = test if split == "test" else ~test
+    images = bunch.images[chosen].astype(np.uint8)[..., None]
+    return InMemory(images, bunch.target[chosen].astype(np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Standardize:
+    """Subtracts a mean and divides by a standard deviation, channel by channel.
+
+    ``image = (image - mean) / std``
+
+    Attributes:
+      mean: one number per channel, in the units of the source.
+      std: likewise, above 0.
+
+    Example:
+      >>> Standardize((8.0,), (4.0,))({"image": np.full((1, 1, 1), 16), "label": 3})["image"].item()
+      2.0
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Refuses statistics that do not fit each other."""
+        if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
+            raise ValueError(
+                f"got mean={self.mean}, std={self.std}; wanted as many of each, every std above 0"
+            )
+
+    @classmethod
+    def of(cls, source: InMemory) -> Standardize:
+        """The statistics of a set, over examples and positions.
+
+        Args:
+          source: the training set.
+
+        Returns:
+          What brings it to mean 0 and variance 1 per channel.
+        """
+        images = source.images.astype(np.float64)
+        mean, std = images.mean(axis=(0, 1, 2)), images.std(axis=(0, 1, 2))
+        return cls(tuple(mean.tolist()), tuple(std.tolist()))
+
+    def __call__(self, record: Record) -> Record:
+        """Image of any dtype [H, W, C] -> float32 [H, W, C]; the label becomes int32."""
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        image = (np.asarray(record["image"], np.float32) - mean) / std
+        return {"image": image, "label": np.int32(record["label"])}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomShift:
+    """Moves an image by up to `pixels` in each direction; the edge is repeated into the gap.
+
+    Attributes:
+      pixels: largest shift, at least 0.
+
+    Example:
+      >>> shift = RandomShift(1)
+      >>> record = {"image": np.zeros((8, 8, 1), np.float32), "label": np.int32(3)}
+      >>> shift(record, np.random.default_rng(0))["image"].shape
+      (8, 8, 1)
+    """
+
+    pixels: int
+
+    def __post_init__(self) -> None:
+        """Refuses a negative shift."""
+        if self.pixels < 0:
+            raise ValueError(f"got pixels={self.pixels}; wanted at least 0")
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Record:
+        """Returns the record with its image moved."""
+        n = self.pixels
+        height, width = record["image"].shape[:2]
+        padded = np.pad(record["image"], ((n, n), (n, n), (0, 0)), mode="edge")
+        down, right = rng.integers(0, 2 * n + 1, size=2)
+        return {**record, "image": padded[down : down + height, right : right + width]}

@@ -1,0 +1,82 @@
+"""What the reports of all experiments share: tables, and figures without a display."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# One colour per model, the same in every panel; told apart by colour-blind readers too.
+COLORS = ("#c0504d", "#2a6fb0", "#3f9b56", "#8a5bb0")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lays out a Markdown table that is also readable as plain text.
+
+    Args:
+      header: the columns' names.
+      rows: cells as text, one sequence for each row; the first column is flush left.
+
+    Returns:
+      The table, ending in a newline.
+
+    Raises:
+      ValueError: a row of another length than the header.
+
+    Example:
+      >>> print(table(["model", "steps"], [["a", "12"]]), end="")
+      | model | steps |
+      | :---- | ----: |
+      | a     |    12 |
+    """
+    if any(len(row) != len(header) for row in rows):
+        raise ValueError(f"got rows of {[len(r) for r in rows]} cells; wanted {len(header)} each")
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    widths = [max(width, 2) for width in widths]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cells[0].ljust(widths[0])]
+        padded += [c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)]
+        return "| " + " | ".join(padded) + " |\n"
+
+    rule = [":" + "-" * (widths[0] - 1)] + ["-" * (w - 1) + ":" for w in widths[1:]]
+    return line(header) + line(rule) + "".join(line(row) for row in rows)
+
+
+def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+    """Makes a figure that draws without a display and leaves pyplot's global state alone.
+
+    Args:
+      rows: rows of panels.
+      columns: columns of panels.
+      size: of the figure, in inches.
+
+    Returns:
+      The figure and its axes, an array ``[rows, columns]``.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained", dpi=130)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, linewidth=0.7)
+    return figure, axes
+
+
+def write(folder: Path, text: str, numbers: Mapping[str, Any]) -> None:
+    """Writes the results of an experiment: results.md and results.json.
+
+    Args:
+      folder: an existing folder.
+      text: the tables.
+      numbers: the same and more, as JSON holds it.
+    """
+    (folder / "results.md").write_text(text, encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")

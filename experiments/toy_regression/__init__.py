@@ -1,0 +1,1 @@
+"""The synthetic regression task of the Jacobian regularisation paper."""
