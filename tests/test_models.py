@@ -1,14 +1,17 @@
 """Layers and models: values and gradients against plain operations, shapes, gradients."""
 
+import functools
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-from deq_jax.models import layers
+import deq_jax as deq
+from deq_jax.models import convnet, layers, mlp
 
 
 def plain_conv(x, kernel, strides):
@@ -146,3 +149,111 @@ def test_group_norm_large_mean_and_low_precision():
 def test_group_norm_refuses():
     with pytest.raises(ValueError, match="groups=3 for 8 channels"):
         layers.group_norm(jnp.ones((1, 2, 2, 8)), 3)
+
+
+IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 8, 1)), jnp.float32)
+
+
+def classifier(**changes):
+    settings = {
+        "solver": deq.Anderson(tol=1e-5, max_steps=60),
+        "channels": 8,
+        "kernel_init": nn.initializers.normal(0.02),  # contracts
+    }
+    return convnet.ConvDEQ(classes=10, **(settings | changes))
+
+
+def start(model, images=IMAGES):
+    return jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
+
+
+def test_conv_deq_solves_its_own_equation():
+    model = classifier()
+    variables = start(model)
+    apply = jax.jit(lambda v, x, n: model.apply(v, x, train=False, max_steps=n))
+    logits, solution = apply(variables, IMAGES, 60)
+    assert logits.shape == (3, 10) and solution.value.shape == (3, 8, 8, 8)
+    assert bool(solution.stats.converged.all())
+    f, params, z, x = solution.at
+    np.testing.assert_allclose(jax.jit(f)(params, z, x), z, atol=1e-3)
+    kernel = variables["params"]["equilibrium"]["f"]["conv1"]["kernel"]
+    assert set(kernel) == {"g", "v"}, "weight norm is on by default"
+    assert apply(variables, IMAGES, 2)[1].stats.num_steps.tolist() == [2, 2, 2]
+    alone, _ = apply(variables, IMAGES[1:2], 60)
+    np.testing.assert_allclose(logits[1:2], alone, atol=1e-3)
+
+
+def test_conv_deq_implicit_gradient_is_the_unrolled_one():
+    with jax.enable_x64(True):
+        images = jnp.asarray(IMAGES[:2, :4, :4], jnp.float64)
+        model = classifier(
+            solver=deq.Anderson(tol=1e-11, max_steps=80), channels=4, groups=2, pool=2
+        )
+        params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), start(model, images)["params"])
+
+        def gradient(model, max_steps):
+            def loss(params):
+                logits, _ = model.apply(
+                    {"params": params}, images, train=False, max_steps=max_steps
+                )
+                return jnp.sum(jnp.sin(logits))
+
+            return jax.jit(jax.grad(loss))(params)
+
+        ours = gradient(model, None)
+        unrolled = gradient(model.clone(adjoint=deq.Unroll(200)), 0)
+        # The logits, and so their cotangents, are float32.
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(unrolled), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_conv_deq_dropout_is_drawn_in_training_only():
+    model = classifier(dropout=0.5, solver=deq.Picard(tol=1e-6, max_steps=5))
+    variables = start(model)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def logits(key, train):
+        return model.apply(variables, IMAGES, train=train, rngs={"dropout": key})[0]
+
+    one, two = jax.random.key(0), jax.random.key(1)
+    assert jnp.array_equal(logits(one, True), logits(one, True))
+    assert not jnp.allclose(logits(one, True), logits(two, True))
+    assert jnp.array_equal(logits(one, False), logits(two, False))
+
+
+def test_conv_deq_refuses_a_pool_that_does_not_fit():
+    with pytest.raises(ValueError, match="pool=3"):
+        classifier(pool=3).init(jax.random.key(0), IMAGES, train=False)
+
+
+@pytest.mark.parametrize("activation", [jnp.tanh, jax.nn.relu, mlp.hard_tanh, mlp.identity])
+def test_mlp_deq(activation):
+    model = mlp.MLPDEQ(
+        outputs=3, width=16, solver=deq.Anderson(tol=1e-6, max_steps=60), activation=activation
+    )
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
+    variables = start(model, x)
+    out, solution = jax.jit(lambda v: model.apply(v, x, train=False))(variables)
+    assert out.shape == (5, 3) and bool(solution.stats.converged.all())
+    kernel = variables["params"]["equilibrium"]["f"]["kernel"]
+    injected = x @ variables["params"]["encoder"]["kernel"]
+    image = activation(solution.value @ kernel + injected)
+    np.testing.assert_allclose(image, solution.value, atol=1e-4)
+
+
+def test_toy_cell_is_the_formula_of_the_paper():
+    cell = mlp.ToyCell(7)
+    z, x = jnp.array([[0.3], [-1.0]]), jnp.array([[1.0], [0.5]])
+    out, variables = cell.init_with_output(jax.random.key(0), z, x)
+    p = jax.tree.map(np.asarray, variables["params"])
+    hidden = z @ p["W1"]["kernel"] + x @ p["U"]["kernel"] + p["bias"]
+    np.testing.assert_allclose(out, np.maximum(hidden, 0) @ p["W2"]["kernel"], rtol=1e-5)
+    assert np.abs(p["W1"]["kernel"]).max() <= 1 and np.abs(p["W2"]["kernel"]).max() <= 7**-0.5
+
+
+def test_scalar_deq_predicts_its_equilibrium():
+    model = mlp.ScalarDEQ(solver=deq.Broyden(tol=1e-5, max_steps=20))
+    x = jnp.linspace(-2, 2, 9)[:, None]
+    variables = start(model, x)
+    out, solution = jax.jit(lambda v: model.apply(v, x, train=False))(variables)
+    assert jnp.array_equal(out, solution.value) and out.shape == (9, 1)

@@ -3,13 +3,15 @@
     python -m experiments.image_classification.main --preset=digits --workdir=runs/digits
 
 Two folders of the workdir, jr and no_jr (checkpoints, metrics); results.md, results.json and
-results.png beside them.  `digits`: about 3 minutes on 2 CPU cores, nothing is downloaded.
+results.png beside them.  `digits`: about 1.5 minutes on 2 CPU cores, nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+
+import jax
 
 from deq_jax.training import flags, train, workdir
 from deq_jax.training.parallel import make_mesh
@@ -40,4 +42,7 @@ def run(config: ImageConfig) -> dict[str, report.Trained]:
 
 
 if __name__ == "__main__":
+    # Two devices on a CPU, whatever its cores: small convolutions use one core each, and the same
+    # number everywhere gives the same figures everywhere.  Accelerators are not touched by it.
+    jax.config.update("jax_num_cpu_devices", 2)
     flags.run(run, PRESETS, default="digits")

@@ -140,8 +140,14 @@ def make_table(config: ImageConfig, columns: Mapping[str, Mapping[str, Any]]) ->
         cells = [c[key] for c in columns.values()]
         return [f"{c:.0f}" if np.isfinite(c) else f"> {limit}" for c in cells]
 
+    least = config.solver.max_steps + config.jac.budget_low
+    most = config.solver.max_steps + config.jac.budget_high
+    budget = f"{most}" if least == most else f"{least} to {most}"
     rows = [
-        [f"accuracy at {b} step{'s' * (b > 1)}", *(f"{c['accuracy'][b]:.1%}" for c in columns.values())]
+        [
+            f"accuracy at {b} step{'s' * (b > 1)}",
+            *(f"{c['accuracy'][b]:.1%}" for c in columns.values()),
+        ]
         for b in config.eval_budgets
     ]
     rows += [
@@ -154,9 +160,10 @@ def make_table(config: ImageConfig, columns: Mapping[str, Mapping[str, Any]]) ->
     ]
     return shared.table(["test set", *(NAMES[n] for n in columns)], rows) + (
         "\nA step is one evaluation of f; both models were trained from one seed with the same data, "
-        f"budget\n({config.solver.max_steps} steps forward, {config.backward.max_steps} backward) and "
+        f"budget\n({budget} steps forward, {config.backward.max_steps} backward) and "
         "number of updates.  Penalty: norm(df/dz)_F^2 / number of\nelements of z.  "
-        f"JR: gamma {config.jac.gamma:g} on {config.jac.prob:.0%} of the updates.\n"
+        f"JR: gamma {config.jac.gamma:g} on {config.jac.prob:.0%} of the updates.  After 1 step "
+        "the\nsolver has only measured the residual of its start, a guess that no model was trained on.\n"
     )
 
 
@@ -184,10 +191,17 @@ def draw(
         _draw_traces(residual, name, traces[name])
         records = [r for r in trained[name].result.history if "spectral_radius" in r]
         steps = [r["step"] for r in records]
-        radius.plot(steps, [r["spectral_radius"] for r in records], label=NAMES[name], **STYLES[name])
+        radius.plot(
+            steps, [r["spectral_radius"] for r in records], label=NAMES[name], **STYLES[name]
+        )
     accuracy.set(xlabel="solver steps (evaluations of f)", ylabel="test accuracy, %", xscale="log")
     accuracy.set_xticks(config.eval_budgets, [str(b) for b in config.eval_budgets])
     accuracy.minorticks_off()
+    accuracy.axvline(config.solver.max_steps, color="0.4", linewidth=1, linestyle=":")
+    accuracy.annotate(
+        "budget in training ", (config.solver.max_steps, 0.02), ha="right", fontsize=8, color="0.3",
+        xycoords=("data", "axes fraction"),
+    )  # fmt: skip
     accuracy.set_title("Accuracy when stopped early")
     residual.axhline(config.solver.tol, color="0.4", linewidth=1, linestyle=":")
     residual.annotate("tolerance", (1, config.solver.tol), va="bottom", fontsize=8, color="0.3")
