@@ -159,11 +159,12 @@ def make_table(config: ImageConfig, columns: Mapping[str, Mapping[str, Any]]) ->
         row("seconds per training step", "seconds_per_step", ".4f"),
     ]
     return shared.table(["test set", *(NAMES[n] for n in columns)], rows) + (
-        "\nA step is one evaluation of f; both models were trained from one seed with the same data, "
-        f"budget\n({budget} steps forward, {config.backward.max_steps} backward) and "
+        "\nA step is one evaluation of f; both models were trained from one seed with the same "
+        f"data, budget\n({budget} steps forward, {config.backward.max_steps} backward) and "
         "number of updates.  Penalty: norm(df/dz)_F^2 / number of\nelements of z.  "
         f"JR: gamma {config.jac.gamma:g} on {config.jac.prob:.0%} of the updates.  After 1 step "
-        "the\nsolver has only measured the residual of its start, a guess that no model was trained on.\n"
+        "the\nsolver has only measured the residual of its start, a guess that no model was "
+        "trained on.\n"
     )
 
 

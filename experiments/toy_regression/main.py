@@ -3,7 +3,7 @@
     python -m experiments.toy_regression.main --preset=paper
 
 One folder of the workdir for each gamma (checkpoints, metrics); results.md, results.json and
-fixed_point_map.png beside them.  About 1 minute on 2 CPU cores.
+fixed_point_map.png beside them.  About 1.5 minutes on 2 CPU cores.
 """
 
 from __future__ import annotations

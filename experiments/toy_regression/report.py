@@ -120,9 +120,9 @@ def write(folder: Path, config: ToyConfig, trained: Mapping[float, Trained]) -> 
         shared.table(header, cells)
         + f"""
 Test RMSE at convergence (up to {config.eval_steps} evaluations of f) and stopped hard after
-{", ".join(map(str, few))}; the noise alone is {config.data.noise:g}.  Steps: evaluations of f until
-abs(f(z) - z) / abs(f(z)) fell to {config.solver.tol:g}, mean over the test pairs; Picard: the same of
-plain iteration, at most {PICARD_STEPS}.  Penalty: mean of (df/dz)^2 at z*.
+{", ".join(map(str, few))}; the noise alone is {config.data.noise:g}.  Steps: evaluations of f
+until abs(f(z) - z) / abs(f(z)) fell to {config.solver.tol:g}, mean over the test pairs; Picard: the
+same of plain iteration, at most {PICARD_STEPS}.  Penalty: mean of (df/dz)^2 at z*.
 """
     )
     shared.write(folder, text, {f"gamma_{gamma:g}": row for gamma, row in rows.items()})
