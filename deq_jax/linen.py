@@ -45,10 +45,11 @@ class DEQ(nn.Module):
 
     Example:
       >>> import jax, jax.numpy as jnp, deq_jax as deq
+      >>> init = deq.init.orthogonal(0.5)
       >>> class Cell(nn.Module):
       ...     @nn.compact
       ...     def __call__(self, z, x):
-      ...         return jnp.tanh(nn.Dense(z.shape[-1], kernel_init=deq.init.orthogonal(0.5))(z) + x)
+      ...         return jnp.tanh(nn.Dense(z.shape[-1], kernel_init=init)(z) + x)
       >>> layer = DEQ(Cell(), solver=deq.Anderson(tol=1e-4))
       >>> x = jnp.ones((2, 4))
       >>> variables = layer.init(jax.random.key(0), jnp.zeros_like(x), x, train=False)

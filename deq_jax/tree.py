@@ -64,23 +64,22 @@ def batch_size(tree: PyTree) -> int:
 def batch_ravel(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
     """Flattens a batched tree to one row per sample.
 
-        Args:
-          tree: tree of floating-point arrays ``[B, ...]``, B >= 1.  Mixed dtypes are promoted.
+    Args:
+      tree: tree of floating-point arrays ``[B, ...]``, B >= 1.  Mixed dtypes are promoted.
 
-        Returns:
-          The matrix ``[B, D]`` and the function that turns such a matrix back into a tree of the
-          original shapes and dtypes.
+    Returns:
+      The matrix ``[B, D]`` and the function that turns such a matrix back into a tree of the
+      original shapes and dtypes.
 
-        Raises:
-          ValueError: for an empty batch, a leaf that is not floating-point, or leading axes that
-            disagree.
+    Raises:
+      ValueError: for an empty batch, a leaf that is not floating-point, or leading axes that
+        disagree.
 
-        Example:
-          >>> import jax.numpy as jnp
-    from jax import lax
-          >>> flat, unravel = batch_ravel({"a": jnp.ones((2, 3)), "b": jnp.zeros((2, 2, 2))})
-          >>> flat.shape
-          (2, 7)
+    Example:
+      >>> import jax.numpy as jnp
+      >>> flat, unravel = batch_ravel({"a": jnp.ones((2, 3)), "b": jnp.zeros((2, 2, 2))})
+      >>> flat.shape
+      (2, 7)
     """
     batch = batch_size(tree)
     leaves, treedef = jax.tree.flatten(tree)

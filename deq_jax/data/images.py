@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -69,7 +69,7 @@ def digits(split: Split) -> InMemory:
         raise ValueError(f'got split={split!r}; wanted "train" or "test"')
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
+    bunch: Any = load_digits()
     test = np.arange(len(bunch.target)) % 5 == 0
     chosen = test if split == "test" else ~test
     images = bunch.images[chosen].astype(np.uint8)[..., None]

@@ -72,7 +72,8 @@ def train_iterator(
     import grain
 
     _check(source, batch_size)
-    data = grain.MapDataset.source(source).seed(seed).shuffle()
+    records: Any = source  # grain's own protocol differs in the name of an argument only
+    data = grain.MapDataset.source(records).seed(seed).shuffle()
     if transform is not None:
         data = data.map(transform)
     if augment is not None:

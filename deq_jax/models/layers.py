@@ -110,11 +110,11 @@ def _conv_bwd(how: _How, saved: Any, cotangent: jax.Array) -> tuple[jax.Array, j
     # back.  Stride and dilation change places.
     flipped = kernel[::-1, ::-1].swapaxes(2, 3)
     to_x = _How(how.dilation, tuple(x_pads), how.strides, how.spread)
-    d_x = _conv(cotangent, flipped, to_x)
+    d_x: Any = _conv(cotangent, flipped, to_x)
     # To the kernel: the same sum read as a convolution over p whose taps are the positions i.
     # Stride and spread change places, channels and batch of x too.
     to_kernel = _How(how.spread, tuple(kernel_pads), how.dilation, how.strides)
-    d_kernel = _conv(x.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3), to_kernel)
+    d_kernel: Any = _conv(x.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3), to_kernel)
     return d_x, d_kernel.transpose(1, 2, 0, 3)
 
 

@@ -55,7 +55,8 @@ class Broyden:
 
     Reference:
       Broyden, A class of methods for solving nonlinear simultaneous equations, Math. Comp. 19
-      (1965); Kelley, Iterative Methods for Linear and Nonlinear Equations, SIAM (1995), section 7.3.
+      (1965); Kelley, Iterative Methods for Linear and Nonlinear Equations, SIAM (1995), section
+      7.3.
     """
 
     tol: float = 1e-3

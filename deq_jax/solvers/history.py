@@ -1,9 +1,9 @@
 """A solver's memory: the last m vectors of every sample, read and written in place.
 
 Passes over the history decide what a step of Anderson or Broyden costs, so the layout was chosen by
-measuring: ``[B, m, D]``, where both the inner products with a vector and the combination of rows are
-batched matrix-vector products.  A large history is split into blocks of rows, and blocks that hold
-no row yet are not read.
+measuring: ``[B, m, D]``, where both the inner products with a vector and the combination of rows
+are batched matrix-vector products.  A large history is split into blocks of rows, and blocks that
+hold no row yet are not read.
 """
 
 from __future__ import annotations

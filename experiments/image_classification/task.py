@@ -64,7 +64,7 @@ class ImageTask:
     ) -> Output:
         """Logits, loss and accuracy of a batch; see `deq_jax.training.Task`."""
         model = self.tied if warmup else self.model
-        logits, solution = model.apply(
+        applied: Any = model.apply(
             {"params": params},
             batch["image"],
             train=train,
@@ -72,6 +72,7 @@ class ImageTask:
             probe=probe,
             rngs={"dropout": key} if key is not None else None,
         )
+        logits, solution = applied
         labels, mask = batch["label"], batch["mask"]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels) * mask
         right = (jnp.argmax(logits, axis=-1) == labels) * mask

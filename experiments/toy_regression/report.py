@@ -76,7 +76,8 @@ def measure(config: ToyConfig, trained: Trained) -> dict[str, float]:
     plain = deq.Picard(tol=config.solver.tol, max_steps=PICARD_STEPS)
     model = ScalarDEQ(solver=plain, hidden=config.model.hidden)
     grid = jnp.linspace(synthetic.LOW, synthetic.HIGH, 400)[:, None]
-    _, picard = model.apply({"params": trained.result.state.params}, grid, train=False)
+    applied: Any = model.apply({"params": trained.result.state.params}, grid, train=False)
+    picard = applied[1]
     return numbers | {
         "picard_steps": float(picard.stats.num_steps.mean()),
         "picard_unconverged": float(1 - picard.stats.converged.mean()),
@@ -140,7 +141,7 @@ def draw(path: Path, config: ToyConfig, trained: Mapping[float, Trained]) -> Non
     """
     figure, axes = shared.new_figure(1, len(trained), (3.6 * len(trained), 4.3))
     solver = config.build_solver()
-    targets = [float(synthetic.curve(np.float64(x))) for x in INPUTS]
+    targets = [float(synthetic.curve(np.asarray(x, np.float64))) for x in INPUTS]
     low, high = min(*targets, 0) - 2.5, max(*targets, 0) + 2.5
     line = np.linspace(low, high, 400, dtype=np.float32)
     cell = ToyCell(config.model.hidden)
@@ -149,7 +150,7 @@ def draw(path: Path, config: ToyConfig, trained: Mapping[float, Trained]) -> Non
         axis.plot(line, line, color="0.55", linewidth=1, linestyle="--")
         for x, target, color in zip(INPUTS, targets, shared.COLORS, strict=False):
 
-            def f(z: jnp.ndarray, x: float = x, params: Any = params) -> jnp.ndarray:
+            def f(z: Any, x: float = x, params: Any = params) -> Any:
                 return cell.apply({"params": params}, z, jnp.full_like(z, x))
 
             axis.plot(line, np.asarray(f(line[:, None]))[:, 0], color=color, linewidth=1.6)

@@ -58,9 +58,10 @@ class ToyTask:
         """Predictions and squared error of a batch; see `deq_jax.training.Task`."""
         del key  # nothing is drawn
         model = self.tied if warmup else self.model
-        predicted, solution = model.apply(
+        applied: Any = model.apply(
             {"params": params}, batch["x"], train=train, max_steps=max_steps, probe=probe
         )
+        predicted, solution = applied
         error = jnp.square(predicted - batch["y"])[:, 0] * batch["mask"]
         count = batch["mask"].sum()
         return Output(
