@@ -5,7 +5,6 @@ again, must end with the very bits of a run that nothing happened to.
 """
 
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -20,11 +19,18 @@ pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("training_example.py")
 
 
-def launch(workdir, *args, prefix=(), limit=None):
-    def lower_limit():
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+# Sets the limit on the size of files, then becomes the command given.  A preexec_fn would do so
+# too, but fork this process, whose threads JAX has started.
+LIMITED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
+
+def launch(workdir, *args, prefix=(), limit=None):
+    if limit is not None:
+        prefix = [*prefix, sys.executable, "-c", LIMITED, str(limit)]
     command = [*prefix, sys.executable, str(PROGRAM), f"--workdir={workdir}", *args]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(
@@ -33,7 +39,6 @@ def launch(workdir, *args, prefix=(), limit=None):
         capture_output=True,
         text=True,
         timeout=300,
-        preexec_fn=lower_limit,
     )
     assert "Traceback" not in done.stderr, done.stderr
     return done
