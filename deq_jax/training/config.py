@@ -239,10 +239,10 @@ class TrainConfig:
 class EvalConfig:
     """Evaluation."""
 
-    max_steps: int | None = option(
-        None, "solver budget; none for solver.max_steps", may_change=True
-    )
-    budgets: tuple[int, ...] = option((), "further budgets to evaluate at", may_change=True)
+    # The largest budget sizes the history of the solver that also trains: another one would round
+    # differently, so a resumed run must keep it.
+    max_steps: int | None = option(None, "solver budget; none for solver.max_steps")
+    budgets: tuple[int, ...] = option((), "further budgets to evaluate at")
     spectral_batches: int = option(
         0, "batches on which spectral radius and penalty are measured; 0 for none", may_change=True
     )

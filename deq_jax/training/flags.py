@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from absl import app
 from absl import flags as absl_flags
+from absl import logging as absl_logging
 
 from deq_jax.training import fields
 from deq_jax.training.errors import Interrupted, UsageError
@@ -64,6 +65,8 @@ def run(main: Callable[[ConfigT], object], presets: Mapping[str, ConfigT], *, de
             _fail(f"{error}\n(--helpshort lists all flags)")
 
     def guarded(config: Any) -> None:
+        if not values["verbosity"].present:
+            absl_logging.set_verbosity(absl_logging.WARNING)  # JAX tells of every absent backend
         try:
             main(config)
         except UsageError as error:
