@@ -85,7 +85,10 @@ def sharded_fixed_point(mesh: Mesh) -> Callable[..., Solution]:
       >>> round(float(sol.value[0, 0]), 3)
       2.0
     """
-    whole, split = PartitionSpec(), PartitionSpec(AXIS)
+    whole: Any = PartitionSpec()
+    split: Any = PartitionSpec(AXIS)
+    by_step: Any = PartitionSpec(None, AXIS)
+    stats = SolveStats(num_steps=split, residual=split, converged=split, trace=by_step)
 
     def fixed_point(
         f: Map,
@@ -124,12 +127,6 @@ def sharded_fixed_point(mesh: Mesh) -> Callable[..., Solution]:
             )
 
         spec = jax.tree.map(lambda a: split if np.shape(a)[:1] == (batch,) else whole, x)
-        stats = SolveStats(
-            num_steps=split,  # type: ignore[arg-type]
-            residual=split,  # type: ignore[arg-type]
-            converged=split,  # type: ignore[arg-type]
-            trace=PartitionSpec(None, AXIS),  # type: ignore[arg-type]
-        )
         return jax.shard_map(
             local,
             mesh=mesh,
