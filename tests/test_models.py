@@ -1,6 +1,5 @@
 """Layers and models: values and gradients against plain operations, shapes, gradients."""
 
-import functools
 import re
 
 import flax.linen as nn
@@ -11,13 +10,14 @@ import pytest
 from jax import lax
 
 import deq_jax as deq
-from deq_jax.models import convnet, layers, mlp
+from deq_jax.models import layers, mlp
 
 
 def plain_conv(x, kernel, strides):
     """What conv2d must equal, with every gradient by JAX's own rules."""
+    pads = [((k - 1) // 2, k // 2) for k in kernel.shape[:2]]
     return lax.conv_general_dilated(
-        x, kernel, (strides, strides), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, kernel, (strides, strides), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
@@ -151,79 +151,39 @@ def test_group_norm_refuses():
         layers.group_norm(jnp.ones((1, 2, 2, 8)), 3)
 
 
-IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 8, 1)), jnp.float32)
+def test_batch_norm_is_flax_s_but_for_the_unbiased_running_variance():
+    x = jnp.asarray(np.random.default_rng(0).normal(2, 3, size=(3, 4, 5, 6)), jnp.float32)
+    ours = layers.BatchNorm(momentum=0.3)
+    theirs = nn.BatchNorm(use_running_average=False, momentum=0.7, epsilon=1e-5)
+    variables = ours.init(jax.random.key(0), x, train=True)
+    y, new = ours.apply(variables, x, train=True, mutable=["batch_stats"])
+    wanted, stats = theirs.apply(variables, x, mutable=["batch_stats"])
+    np.testing.assert_allclose(y, wanted, atol=2e-5)
+    np.testing.assert_allclose(new["batch_stats"]["mean"], stats["batch_stats"]["mean"], rtol=1e-5)
+    unbiased = 0.7 + 0.3 * np.var(x, axis=(0, 1, 2), ddof=1)
+    np.testing.assert_allclose(new["batch_stats"]["var"], unbiased, rtol=1e-5)
+    still = ours.apply({**variables, **new}, x, train=False)
+    row = (1, 1, 1, 6)
+    mean, var = (new["batch_stats"][k].reshape(row) for k in ("mean", "var"))
+    np.testing.assert_allclose(still, (x - mean) / jnp.sqrt(var + 1e-5), rtol=1e-4, atol=1e-5)
 
 
-def classifier(**changes):
-    settings = {
-        "solver": deq.Anderson(tol=1e-5, max_steps=60),
-        "channels": 8,
-        "kernel_init": nn.initializers.normal(0.02),  # contracts
-    }
-    return convnet.ConvDEQ(classes=10, **(settings | changes))
+def test_resizing():
+    x = jnp.arange(12.0).reshape(1, 3, 4, 1)
+    np.testing.assert_array_equal(
+        layers.upsample_nearest(x, 2)[0, :, :, 0],
+        np.repeat(np.repeat(np.arange(12.0).reshape(3, 4), 2, 0), 2, 1),
+    )
+    aligned = layers.resize_bilinear(x, (5, 7), align_corners=True)[0, :, :, 0]
+    # x is linear in both directions: so is its interpolation, corner to corner.
+    wanted = np.linspace(0, 8, 5)[:, None] + np.linspace(0, 3, 7)[None]
+    np.testing.assert_allclose(aligned, wanted, atol=1e-5)
+    centred = layers.resize_bilinear(x, (3, 8))[0, 0, :, 0]
+    np.testing.assert_allclose(centred, [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3], atol=1e-6)
 
 
-def start(model, images=IMAGES):
+def start(model, images):
     return jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
-
-
-def test_conv_deq_solves_its_own_equation():
-    model = classifier()
-    variables = start(model)
-    apply = jax.jit(lambda v, x, n: model.apply(v, x, train=False, max_steps=n))
-    logits, solution = apply(variables, IMAGES, 60)
-    assert logits.shape == (3, 10) and solution.value.shape == (3, 8, 8, 8)
-    assert bool(solution.stats.converged.all())
-    f, params, z, x = solution.at
-    np.testing.assert_allclose(jax.jit(f)(params, z, x), z, atol=1e-3)
-    kernel = variables["params"]["equilibrium"]["f"]["conv1"]["kernel"]
-    assert set(kernel) == {"g", "v"}, "weight norm is on by default"
-    assert apply(variables, IMAGES, 2)[1].stats.num_steps.tolist() == [2, 2, 2]
-    alone, _ = apply(variables, IMAGES[1:2], 60)
-    np.testing.assert_allclose(logits[1:2], alone, atol=1e-3)
-
-
-def test_conv_deq_implicit_gradient_is_the_unrolled_one():
-    with jax.enable_x64(True):
-        images = jnp.asarray(IMAGES[:2, :4, :4], jnp.float64)
-        model = classifier(
-            solver=deq.Anderson(tol=1e-11, max_steps=80), channels=4, groups=2, pool=2
-        )
-        params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), start(model, images)["params"])
-
-        def gradient(model, max_steps):
-            def loss(params):
-                logits, _ = model.apply(
-                    {"params": params}, images, train=False, max_steps=max_steps
-                )
-                return jnp.sum(jnp.sin(logits))
-
-            return jax.jit(jax.grad(loss))(params)
-
-        ours = gradient(model, None)
-        unrolled = gradient(model.clone(adjoint=deq.Unroll(200)), 0)
-        # The logits, and so their cotangents, are float32.
-        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(unrolled), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-
-
-def test_conv_deq_dropout_is_drawn_in_training_only():
-    model = classifier(dropout=0.5, solver=deq.Picard(tol=1e-6, max_steps=5))
-    variables = start(model)
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def logits(key, train):
-        return model.apply(variables, IMAGES, train=train, rngs={"dropout": key})[0]
-
-    one, two = jax.random.key(0), jax.random.key(1)
-    assert jnp.array_equal(logits(one, True), logits(one, True))
-    assert not jnp.allclose(logits(one, True), logits(two, True))
-    assert jnp.array_equal(logits(one, False), logits(two, False))
-
-
-def test_conv_deq_refuses_a_pool_that_does_not_fit():
-    with pytest.raises(ValueError, match="pool=3"):
-        classifier(pool=3).init(jax.random.key(0), IMAGES, train=False)
 
 
 @pytest.mark.parametrize("activation", [jnp.tanh, jax.nn.relu, mlp.hard_tanh, mlp.identity])

@@ -1,4 +1,4 @@
-"""Layers that are fast inside a solver loop: the one convolution, group normalisation.
+"""Layers of image models: the one convolution, normalisations, changes of resolution.
 
 Images are NHWC and kernels HWIO everywhere: XLA's CPU convolution is fast inside a loop for this
 pair of layouts only, and 5 to 40 times slower for any other.
@@ -31,9 +31,13 @@ class _How(NamedTuple):
 
 
 def conv2d(x: jax.Array, kernel: jax.Array, *, strides: int | Pair = 1) -> jax.Array:
-    """Convolves images with a kernel under 'SAME' padding.
+    """Convolves images with a kernel whose centre stands on every s-th pixel, from the first on.
 
     y[b, i, j, o] = sum_{p, q, c} x[b, s i + p - l, s j + q - l, c] kernel[p, q, c, o]
+
+    with l = (window - 1) // 2 zeros before and window // 2 after each axis.  For stride 1 that is
+    XLA's "SAME"; for larger strides "SAME" would put the grid elsewhere, depending on the size,
+    while this is what published weights were trained with.
 
     The values are those of `jax.lax.conv_general_dilated`.  Both gradients are written as further
     convolutions of the same layout, where autodiff would change the order of the dimensions: inside
@@ -64,17 +68,8 @@ def conv2d(x: jax.Array, kernel: jax.Array, *, strides: int | Pair = 1) -> jax.A
         )
     if len(pair) != 2 or min(pair) < 1:
         raise ValueError(f"got strides={strides}; wanted one or two whole numbers of at least 1")
-    rows, columns = (
-        _same_pads(size, window, stride)
-        for size, window, stride in zip(x.shape[1:3], kernel.shape[:2], pair, strict=True)
-    )
-    return _conv(x, kernel, _How(pair, (rows, columns), (1, 1), (1, 1)))
-
-
-def _same_pads(size: int, window: int, stride: int) -> Pair:
-    """Zeros before and after one axis so that it comes out with ceil(size / stride) positions."""
-    total = max((-(-size // stride) - 1) * stride + window - size, 0)
-    return total // 2, total - total // 2
+    pads = tuple(((window - 1) // 2, window // 2) for window in kernel.shape[:2])
+    return _conv(x, kernel, _How(pair, pads, (1, 1), (1, 1)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -191,6 +186,7 @@ class Conv(nn.Module):
       strides: step of the output grid.
       use_bias: whether a bias is added.
       kernel_init: initializer of the kernel.
+      bias_init: initializer of the bias.
 
     Example:
       >>> Conv(4).init_with_output(jax.random.key(0), jnp.ones((1, 8, 8, 2)))[0].shape
@@ -202,6 +198,7 @@ class Conv(nn.Module):
     strides: int | Pair = 1
     use_bias: bool = False
     kernel_init: Callable[..., jax.Array] = nn.initializers.he_normal()
+    bias_init: Callable[..., jax.Array] = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -209,7 +206,7 @@ class Conv(nn.Module):
         shape = (self.window, self.window, x.shape[-1], self.features)
         y = conv2d(x, self.param("kernel", self.kernel_init, shape), strides=self.strides)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            bias = self.param("bias", self.bias_init, (self.features,))
             y = y + bias.reshape(1, 1, 1, -1)
         return y
 
@@ -239,3 +236,108 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         return group_norm(x, self.groups, scale, bias, eps=self.eps)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last, with PyTorch's bookkeeping.
+
+        y = (x - mean) / sqrt(var + eps) * scale + bias
+        running <- (1 - momentum) * running + momentum * batch
+
+    In training mean and var are those of the batch (under jit with a sharded batch: of the whole
+    batch); otherwise the running ones, collection ``batch_stats``: ``mean`` and ``var``, float32
+    [C].  `flax.linen.BatchNorm` differs in one thing: there the running variance is the biased one,
+    so that published weights would drift when trained on.  Samples depend on each other here: not
+    for use in an iterated cell.
+
+    Attributes:
+      momentum: weight of the newest batch in the running statistics.
+      affine: whether scale and bias are learned.
+      eps: added to the variance.
+
+    Example:
+      >>> norm, x = BatchNorm(), jnp.ones((2, 8, 8, 4))
+      >>> variables = norm.init(jax.random.key(0), x, train=True)
+      >>> norm.apply(variables, x, train=False).shape
+      (2, 8, 8, 4)
+
+    Reference: Ioffe and Szegedy, arXiv 1502.03167, algorithm 1.
+    """
+
+    momentum: float = 0.1
+    affine: bool = True
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps float [B, ..., C] to the same shape; ``train`` updates ``batch_stats``."""
+        channels = x.shape[-1]
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), wide.dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), wide.dtype)
+        row = (1,) * (x.ndim - 1) + (channels,)  # explicit, for users who forbid rank promotion
+        mean, var = running_mean.value, running_var.value
+        if train:
+            axes, size = tuple(range(x.ndim - 1)), x.size // channels
+            mean = wide.mean(axes)
+            var = jnp.square(wide - mean.reshape(row)).mean(axes)
+            if not self.is_initializing():
+                keep, unbiased = 1 - self.momentum, var * (size / max(size - 1, 1))
+                running_mean.value = keep * running_mean.value + self.momentum * mean
+                running_var.value = keep * running_var.value + self.momentum * unbiased
+        y = (wide - mean.reshape(row)) * lax.rsqrt(var + self.eps).reshape(row)
+        if self.affine:
+            scale = self.param("scale", nn.initializers.ones, (channels,))
+            bias = self.param("bias", nn.initializers.zeros, (channels,))
+            y = y * scale.reshape(row) + bias.reshape(row)
+        return y.astype(x.dtype)
+
+
+def upsample_nearest(x: jax.Array, factor: int) -> jax.Array:
+    """Repeats every pixel `factor` times in both directions.
+
+    Args:
+      x: images, float ``[B, H, W, C]``.
+      factor: at least 1.
+
+    Returns:
+      ``[B, H * factor, W * factor, C]``.
+
+    Example:
+      >>> upsample_nearest(jnp.arange(4.0).reshape(1, 2, 2, 1), 2)[0, :, :, 0].tolist()[1]
+      [0.0, 0.0, 1.0, 1.0]
+    """
+    batch, height, width, channels = x.shape
+    spread = jnp.broadcast_to(
+        x[:, :, None, :, None, :], (batch, height, factor, width, factor, channels)
+    )
+    return spread.reshape(batch, height * factor, width * factor, channels)
+
+
+def resize_bilinear(x: jax.Array, size: Pair, *, align_corners: bool = False) -> jax.Array:
+    """Resizes images bilinearly, without smoothing when they shrink.
+
+    Args:
+      x: images, float ``[B, H, W, C]``.
+      size: height and width wanted.
+      align_corners: whether the centres of the corner pixels stay where they are, rather than the
+        edges of the image; both as in PyTorch.
+
+    Returns:
+      ``[B, *size, C]``.
+
+    Example:
+      >>> x = jnp.arange(2.0).reshape(1, 1, 2, 1)
+      >>> resize_bilinear(x, (1, 3), align_corners=True).ravel().tolist()
+      [0.0, 0.5, 1.0]
+    """
+    shape = (x.shape[0], *size, x.shape[3])
+    if not align_corners:
+        return jax.image.resize(x, shape, "bilinear", antialias=False)
+    # A single pixel has no corners to align: it is spread over the whole length.
+    pairs = zip(size, x.shape[1:3], strict=True)
+    scales = [(new - 1) / (old - 1) if old > 1 else new for new, old in pairs]
+    scale = jnp.asarray([s or 1.0 for s in scales], x.dtype)
+    return jax.image.scale_and_translate(
+        x, shape, (1, 2), scale, 0.5 - 0.5 * scale, "linear", antialias=False
+    )

@@ -1,0 +1,220 @@
+"""The multiscale DEQ: its equation, gradients, masks, batch statistics, and what it refuses."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import deq_jax as deq
+from deq_jax.models.heads import ClassificationHead, SegmentationHead
+from deq_jax.models.mdeq import MDEQ, Stem
+from deq_jax.models.mdeq_cell import WEIGHT_NORM, MDEQCell
+from deq_jax.training.parallel import batch_sharding, make_mesh, sharded_fixed_point
+
+IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 3)), jnp.float32)
+SMALL = nn.initializers.normal(0.02)  # contracts
+
+
+def classifier(channels=(4, 8), solver=None, adjoint=None, fixed_point=deq.fixed_point, **cell):
+    settings = {"expansion": 2, "groups": 2, "kernel_init": SMALL} | cell
+    return MDEQ(
+        cell=MDEQCell(channels=channels, **settings),
+        head=ClassificationHead(classes=5, widths=(2,) * len(channels), final=6),
+        solver=solver or deq.Anderson(tol=1e-5, max_steps=60),
+        adjoint=adjoint,
+        fixed_point=fixed_point,
+        reparam=None,
+    )
+
+
+def start(model, images=IMAGES):
+    """Weights under which f contracts: the injection outweighs the state, fine outweighs coarse."""
+    variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
+    scales = {"branch0_block0": 4.0, "branch1_block0": 0.1, "fuse_1_0": 4.0, "fuse_0_1": 0.3}
+    f = variables["params"]["equilibrium"]["f"]
+    for module, scale in scales.items():
+        name = (
+            "norm2" if module.startswith("branch") else "norm0" if module == "fuse_1_0" else "norm"
+        )
+        f[module][name]["scale"] = scale * f[module][name]["scale"]
+    # The stem's kernels start small, and the running statistics do not make up for it yet.
+    variables["params"]["stem"]["norm2"]["scale"] *= 1000.0
+    return jax.tree.map(lambda a: a.astype(images.dtype), variables)
+
+
+def test_the_solution_solves_the_equation_of_every_branch():
+    model = classifier()
+    variables = start(model)
+    apply = jax.jit(lambda v, x, n: model.apply(v, x, train=False, max_steps=n))
+    logits, solution = apply(variables, IMAGES, 60)
+    assert logits.shape == (4, 5)
+    assert [z.shape for z in solution.value] == [(4, 8, 8, 4), (4, 4, 4, 8)]
+    assert bool(solution.stats.converged.all())
+    f, params, z, x = solution.at
+    for image, branch in zip(jax.jit(f)(params, z, x), z, strict=True):
+        np.testing.assert_allclose(image, branch, atol=1e-3)
+    assert apply(variables, IMAGES, 2)[1].stats.num_steps.tolist() == [2] * 4
+    # In evaluation an image does not see its neighbours.
+    alone, _ = apply(variables, IMAGES[1:2], 60)
+    np.testing.assert_allclose(logits[1:2], alone, atol=1e-3)
+
+
+def test_implicit_gradient_is_the_unrolled_one():
+    with jax.enable_x64(True):
+        images = jnp.asarray(IMAGES[:2, :4, :4], jnp.float64)
+        options = {"channels": (2, 4), "expansion": 1}
+        model = classifier(solver=deq.Anderson(tol=1e-11, max_steps=80), **options)
+        variables = start(model, images)
+
+        def gradient(model, max_steps):
+            def loss(params):
+                (logits, _), _ = model.apply(
+                    {**variables, "params": params},
+                    images,
+                    train=True,
+                    max_steps=max_steps,
+                    mutable=["batch_stats"],
+                    rngs={"dropout": jax.random.key(0)},
+                )
+                return jnp.sum(jnp.sin(logits))
+
+            return jax.jit(jax.grad(loss))(variables["params"])
+
+        ours = gradient(model, None)
+        unrolled = gradient(model.clone(adjoint=deq.Unroll(120)), 0)
+        largest = max(float(jnp.abs(a).max()) for a in jax.tree.leaves(ours))
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(unrolled), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9 * largest)
+        assert jnp.abs(ours["stem"]["conv1"]["kernel"]).max() > 1e-6 * largest
+
+
+def test_dropout_is_drawn_in_training_only_and_for_every_block():
+    cell = MDEQCell(channels=(4, 8), blocks=2, groups=2, dropout=0.5)
+    z = (jnp.ones((2, 4, 4, 4)), jnp.ones((2, 2, 2, 8)))
+    masks = cell.masks(jax.random.key(0), z, z[0])
+    assert [[m.shape for m in row] for row in masks] == [[y.shape] * 2 for y in z]
+    assert set(np.unique(masks[0][0])) == {0.0, 2.0}
+    assert not np.array_equal(masks[0][0], masks[0][1])
+    assert cell.clone(dropout=0.0).masks(jax.random.key(0), z, z[0]) is None
+
+    model = classifier(dropout=0.5, solver=deq.Picard(tol=1e-6, max_steps=3))
+    variables = start(model)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def state(key, train):
+        out = model.apply(
+            variables, IMAGES, train=train, rngs={"dropout": key}, mutable=["batch_stats"]
+        )
+        return out[0][1].value[1]
+
+    one, two = jax.random.key(0), jax.random.key(1)
+    assert jnp.array_equal(state(one, True), state(one, True))
+    assert not jnp.allclose(state(one, True), state(two, True))
+    assert jnp.array_equal(state(one, False), state(two, False))
+
+
+@pytest.mark.parametrize("channels", [(8,), (4, 8, 8)])
+def test_any_number_of_branches(channels):
+    big = (2,) + (1,) * (len(channels) - 1)
+    cell = MDEQCell(channels=channels, big_kernels=big, groups=2, post_affine=True, blocks=2)
+    z = tuple(jnp.ones((1, 8 >> i, 8 >> i, c)) for i, c in enumerate(channels))
+    shapes = jax.eval_shape(cell.init, jax.random.key(0), z, z[0])["params"]
+    assert shapes["branch0_block0"]["conv2"]["kernel"].shape[:2] == (5, 5)
+    assert shapes["post0"]["norm"]["scale"].shape == (channels[0],)
+    if len(channels) > 1:
+        assert shapes["branch1_block1"]["conv1"]["kernel"].shape[:2] == (5, 5)
+        assert shapes["branch1_block1"]["conv2"]["kernel"].shape[:2] == (3, 3)
+        assert set(shapes["fuse_2_0"]) == {"conv0", "norm0", "conv1", "norm1"}
+    out = jax.eval_shape(lambda p: cell.apply({"params": p}, z, z[0]), shapes)
+    assert [y.shape for y in out] == [y.shape for y in z]
+
+
+def test_weight_norm_is_where_the_published_model_has_it():
+    cell = MDEQCell(channels=(4, 8), groups=2)
+    z = (jnp.ones((1, 4, 4, 4)), jnp.ones((1, 2, 2, 8)))
+    params = jax.jit(cell.init)(jax.random.key(0), z, z[0])["params"]
+    split = WEIGHT_NORM.split(params)
+    pairs = {
+        f"{module}/{layer}"
+        for module, parts in split.items()
+        for layer, part in parts.items()
+        if isinstance(part.get("kernel"), dict)
+    }
+    blocks = {f"branch{i}_block0/conv{k}" for i in (0, 1) for k in (1, 2)}
+    assert pairs == blocks | {"post0/conv", "post1/conv"}
+
+
+def test_stem_halves_and_injects():
+    for downsample, size in ((0, 8), (1, 4), (2, 2)):
+        stem = Stem(4, downsample, inject=downsample > 0)
+        shape = jax.eval_shape(
+            lambda k, stem=stem: stem.init_with_output(k, IMAGES, train=False), jax.random.key(0)
+        )
+        assert shape[0].shape == (4, size, size, 4)
+        assert ("inject" in shape[1]["params"]) == (downsample > 0)
+
+
+def test_segmentation_head_scores_every_pixel():
+    z = (jnp.ones((2, 8, 4, 4)), jnp.ones((2, 4, 2, 8)))
+    shape = jax.eval_shape(
+        lambda k: SegmentationHead(11).init_with_output(k, z, train=True), jax.random.key(0)
+    )
+    assert shape[0].shape == (2, 8, 4, 11)
+    assert shape[1]["params"]["merge"]["kernel"].shape == (1, 1, 12, 12)
+
+
+def test_batch_statistics_and_gradients_are_those_of_the_whole_batch():
+    """The same on one device and on four: batch norm stands outside the per-device solve."""
+
+    def run(mesh):
+        model = classifier(fixed_point=sharded_fixed_point(mesh))
+        images = jax.device_put(IMAGES, batch_sharding(mesh))
+
+        def loss(params):
+            (logits, _), new = model.apply(
+                {**variables, "params": params},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.key(0)},
+            )
+            return jnp.sum(jnp.sin(logits)), new["batch_stats"]
+
+        return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+
+    variables = start(classifier())
+    one, four = run(make_mesh(jax.devices()[:1])), run(make_mesh(jax.devices()[:4]))
+    largest = max(float(jnp.abs(a).max()) for a in jax.tree.leaves(one))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3 * largest)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"channels": ()}, "channels must be one number"),
+        ({"channels": (8, 12)}, "groups must divide"),
+        ({"channels": (8, 8), "big_kernels": (1,)}, "each of the 2 branches"),
+        ({"channels": (8,), "big_kernels": (3,)}, "big_kernels must be 0, 1 or 2"),
+        ({"channels": (8,), "dropout": 1.0}, "dropout must be in"),
+        ({"channels": (8,), "expansion": 0}, "expansion and blocks"),
+    ],
+)
+def test_cells_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MDEQCell(**settings)
+
+
+def test_models_that_do_not_fit_are_refused():
+    model = classifier(channels=(4, 4, 4, 4, 4))
+    with pytest.raises(ValueError, match="got images of 8 x 8; wanted both sides to divide by 16"):
+        jax.eval_shape(lambda k: model.init(k, IMAGES, train=False), jax.random.key(0))
+    model = classifier().clone(head=ClassificationHead(classes=5, widths=(2,), final=6))
+    with pytest.raises(ValueError, match="one number for each of the 2 branches"):
+        jax.eval_shape(lambda k: model.init(k, IMAGES, train=False), jax.random.key(0))
+    model = classifier().clone(downsample=3)
+    with pytest.raises(ValueError, match="downsample must be 0, 1 or 2, got 3"):
+        jax.eval_shape(lambda k: model.init(k, IMAGES, train=False), jax.random.key(0))
