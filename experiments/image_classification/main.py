@@ -1,9 +1,11 @@
-"""Trains an image classifier with and without Jacobian regularisation and compares the two.
+"""Trains an image classifier, with and without Jacobian regularisation where that is asked for.
 
     python -m experiments.image_classification.main --preset=digits --workdir=runs/digits
+    python -m experiments.image_classification.main --preset=cifar10_large_jr --data.dir=DIR
 
-Two folders of the workdir, jr and no_jr (checkpoints, metrics); results.md, results.json and
-results.png beside them.  `digits`: about 1.5 minutes on 2 CPU cores, nothing is downloaded.
+The workdir gets results.md, results.json and results.png, and a folder for each model (jr and no_jr
+under --compare, else model) with its checkpoints and metrics.  --init_from=FOLDER starts from the
+weights of another run, or from converted ones (deq_jax.convert.mdeq).
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ import jax
 from deq_jax.training import flags, train, workdir
 from deq_jax.training.parallel import make_mesh
 from experiments.image_classification import report
-from experiments.image_classification.config import PRESETS, ImageConfig
-from experiments.image_classification.task import ImageTask, build_data
+from experiments.image_classification.config import ImageConfig
+from experiments.image_classification.data import build_data
+from experiments.image_classification.presets import PRESETS
+from experiments.image_classification.task import ImageTask
 
 
 def run(config: ImageConfig) -> dict[str, report.Trained]:
@@ -27,17 +31,19 @@ def run(config: ImageConfig) -> dict[str, report.Trained]:
       config: the whole configuration.
 
     Returns:
-      name -> trained model: "jr" and, where a comparison is asked for, "no_jr".
+      name -> trained model: "no_jr" and "jr" for a comparison, else "model".
     """
-    folder, mesh = workdir.claim(config), make_mesh()
+    train_data, eval_data = build_data(config)  # before anything is written: it may be missing
+    folder, mesh, start = workdir.claim(config), make_mesh(), train_data.get_state()
     plain = dataclasses.replace(config.jac, gamma=0.0, increment=0.0, warmup_gamma=0.0)
-    variants = {"no_jr": plain, "jr": config.jac} if config.compare else {"jr": config.jac}
+    variants = {"no_jr": plain, "jr": config.jac} if config.compare else {"model": config.jac}
     trained = {}
     for name, jac in variants.items():
-        part = dataclasses.replace(config, workdir=str(folder / name), jac=jac)
+        part = dataclasses.replace(config, workdir=str(folder / name), jac=jac, compare=False)
         task = ImageTask(part, mesh)
-        trained[name] = report.Trained(task, train(task, part, *build_data(part), mesh=mesh))
-    sys.stdout.write(report.write(folder, config, trained, build_data(config)[1], mesh))
+        train_data.set_state(start)
+        trained[name] = report.Trained(task, train(task, part, train_data, eval_data, mesh=mesh))
+    sys.stdout.write(report.write(folder, config, trained, eval_data, mesh))
     return trained
 
 

@@ -1,8 +1,9 @@
-"""Table and pictures of image classification: what Jacobian regularisation buys."""
+"""Table and pictures of image classification: accuracy, cost and stability of the models."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,14 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from deq_jax.models.mdeq import MDEQ
 from deq_jax.training import EvalData, TrainResult
 from deq_jax.training.placement import place
 from experiments import report as shared
 from experiments.image_classification.config import ImageConfig
 from experiments.image_classification.task import ImageTask
 
-NAMES = {"no_jr": "without JR", "jr": "with JR"}
+NAMES = {"no_jr": "without JR", "jr": "with JR", "model": "model"}
 STYLES = {
+    "model": {"color": shared.COLORS[1], "marker": "o", "linestyle": "-"},
     "no_jr": {"color": shared.COLORS[0], "marker": "s", "linestyle": "--"},
     "jr": {"color": shared.COLORS[1], "marker": "o", "linestyle": "-"},
 }
@@ -44,21 +47,25 @@ def residual_traces(config: ImageConfig, model: Trained, data: EvalData, mesh: M
       mesh: the devices.
 
     Returns:
-      float32 ``[eval_steps, images]``, inf after a solve has ended.
+      float32 ``[eval_steps, images]``, inf after a solve has ended; of an explicit network, which
+      solves nothing, ``[0, 0]``.
     """
+    if not isinstance(model.task.model, MDEQ):
+        return np.zeros((0, 0), np.float32)
 
     @jax.jit
-    def trace(params: Any, batch: Any) -> jax.Array:
+    def trace(params: Any, extra: Any, batch: Any) -> jax.Array:
         budget = jnp.int32(config.eval_steps)
         output = model.task.forward(
-            params, {}, batch, key=None, train=False, warmup=False, max_steps=budget, probe=None
+            params, extra, batch, key=None, train=False, warmup=False, max_steps=budget, probe=None
         )
         assert output.solution is not None
         return output.solution.stats.trace[: config.eval_steps]
 
     parts = []
     for batch in data():
-        traced = np.asarray(trace(model.result.state.params, place(batch, mesh)))
+        state = model.result.state
+        traced = np.asarray(trace(state.params, state.extra, place(batch, mesh)))
         parts.append(traced[:, batch["mask"] > 0])
     return np.concatenate(parts, axis=1)
 
@@ -72,24 +79,36 @@ def measure(config: ImageConfig, model: Trained, traces: np.ndarray) -> dict[str
       traces: from `residual_traces`.
 
     Returns:
-      "accuracy" (budget -> share), "converged_accuracy", "steps_median" and "steps_90" (evaluations
-      of f within which half and nine tenths of the test images are solved; inf: more than the
-      budget), "unconverged" (share), "spectral_radius", "penalty", "seconds_per_step".
+      "accuracy" (budget -> share), "converged_accuracy", "top5" (with more than five classes),
+      "images_per_second" and "seconds_per_step" (of training), and for an equilibrium "steps_median"
+      and "steps_90" (evaluations of f within which half and nine tenths of the test images are
+      solved; inf: more than the budget), "unconverged" (share), "spectral_radius", "penalty",
+      "train_steps" and "backward_steps" (mean number in the last line of training metrics).
     """
     final = model.result.evaluation
     main = final[config.eval_steps]
-    solved = (traces <= config.solver.tol).any(axis=0)
-    steps = np.where(solved, np.isfinite(traces).sum(axis=0), np.inf)
-    speeds = [r["steps_per_second"] for r in model.result.history if "steps_per_second" in r]
-    return {
+    logged = [r for r in model.result.history if r["kind"] == "train"]
+    speeds = [r["steps_per_second"] for r in logged if "steps_per_second" in r]
+    speed = statistics.median(speeds) if speeds else None
+    numbers = {
         "accuracy": {budget: values["accuracy"] for budget, values in final.items()},
         "converged_accuracy": main["accuracy"],
+        "top5": main.get("top5"),
+        "seconds_per_step": 1 / speed if speed else None,
+        "images_per_second": config.train.batch_size * speed if speed else None,
+    }
+    if not traces.size:
+        return numbers
+    solved = (traces <= config.solver.tol).any(axis=0)
+    steps = np.where(solved, np.isfinite(traces).sum(axis=0), np.inf)
+    return numbers | {
         "steps_median": float(np.quantile(steps, 0.5, method="higher")),
         "steps_90": float(np.quantile(steps, 0.9, method="higher")),
         "unconverged": float(1 - solved.mean()),
         "spectral_radius": main.get("spectral_radius"),
         "penalty": main.get("penalty"),
-        "seconds_per_step": 1 / statistics.median(speeds) if speeds else None,
+        "train_steps": logged[-1].get("fwd_steps") if logged else None,
+        "backward_steps": logged[-1].get("bwd_steps") if logged else None,
     }
 
 
@@ -133,38 +152,56 @@ def make_table(config: ImageConfig, columns: Mapping[str, Mapping[str, Any]]) ->
     limit, tol = config.eval_steps, config.solver.tol
 
     def row(label: str, key: str, form: str) -> list[str]:
-        cells = [c[key] for c in columns.values()]
+        cells = [c.get(key) for c in columns.values()]
+        if all(cell is None for cell in cells):
+            return []
         return [label, *("-" if c is None else format(c, form) for c in cells)]
 
-    def steps(key: str) -> list[str]:
-        cells = [c[key] for c in columns.values()]
-        return [f"{c:.0f}" if np.isfinite(c) else f"> {limit}" for c in cells]
+    def steps(label: str, key: str) -> list[str]:
+        cells = [c.get(key, math.inf) for c in columns.values()]
+        return [label, *(f"{c:.0f}" if np.isfinite(c) else f"> {limit}" for c in cells)]
 
+    solves = all("steps_median" in c for c in columns.values())
+    rows = [row("accuracy", "converged_accuracy", ".1%")]
+    if solves:
+        rows = [
+            [
+                f"accuracy at {b} step{'s' * (b > 1)}",
+                *(f"{c['accuracy'][b]:.1%}" for c in columns.values()),
+            ]
+            for b in config.eval_budgets
+        ]
+        rows += [steps(f"steps to {tol:g}, median image", "steps_median")]
+        rows += [steps(f"steps to {tol:g}, 9 in 10 images", "steps_90")]
+    rows += [
+        row(f"not at {tol:g} in {limit} steps", "unconverged", ".1%"),
+        row("top-5 accuracy", "top5", ".1%"),
+        row("spectral radius of df/dz", "spectral_radius", ".2f"),
+        row("penalty", "penalty", ".4f"),
+        row("steps forward in training (NFE)", "train_steps", ".1f"),
+        row("steps backward in training", "backward_steps", ".1f"),
+        row("seconds per training step", "seconds_per_step", ".4f"),
+        row("images per second in training", "images_per_second", ".0f"),
+    ]
+    text = shared.table(["test set", *(NAMES[n] for n in columns)], [r for r in rows if r])
+    return text + (_explain(config, len(columns) > 1) if solves else "")
+
+
+def _explain(config: ImageConfig, compared: bool) -> str:
+    """What the rows mean."""
     least = config.solver.max_steps + config.jac.budget_low
     most = config.solver.max_steps + config.jac.budget_high
     budget = f"{most}" if least == most else f"{least} to {most}"
-    rows = [
-        [
-            f"accuracy at {b} step{'s' * (b > 1)}",
-            *(f"{c['accuracy'][b]:.1%}" for c in columns.values()),
-        ]
-        for b in config.eval_budgets
-    ]
-    rows += [
-        [f"steps to {tol:g}, median image", *steps("steps_median")],
-        [f"steps to {tol:g}, 9 in 10 images", *steps("steps_90")],
-        row(f"not at {tol:g} in {limit} steps", "unconverged", ".1%"),
-        row("spectral radius of df/dz", "spectral_radius", ".2f"),
-        row("penalty", "penalty", ".4f"),
-        row("seconds per training step", "seconds_per_step", ".4f"),
-    ]
-    return shared.table(["test set", *(NAMES[n] for n in columns)], rows) + (
-        "\nA step is one evaluation of f; both models were trained from one seed with the same "
-        f"data, budget\n({budget} steps forward, {config.backward.max_steps} backward) and "
-        "number of updates.  Penalty: norm(df/dz)_F^2 / number of\nelements of z.  "
-        f"JR: gamma {config.jac.gamma:g} on {config.jac.prob:.0%} of the updates.  After 1 step "
-        "the\nsolver has only measured the residual of its start, a guess that no model was "
-        "trained on.\n"
+    text = (
+        f"\nA step is one evaluation of f; in training the budget was {budget} steps forward and "
+        f"{config.backward.max_steps} backward.\nPenalty: norm(df/dz)_F^2 / number of elements of z."
+    )
+    if compared:
+        text += "  Both models had the same seed, data and number of updates."
+    if config.jac.gamma:
+        text += f"\nJR: gamma {config.jac.gamma:g} on {config.jac.prob:.0%} of the updates."
+    return text + (
+        "  After 1 step the solver has only measured the\nresidual of its start, z = 0.\n"
     )
 
 
@@ -175,7 +212,7 @@ def draw(
     columns: Mapping[str, Mapping[str, Any]],
     traces: Mapping[str, np.ndarray],
 ) -> None:
-    """Draws accuracy against steps, residuals against steps, and the spectral radius over training.
+    """Draws the training curves and, for equilibria, what the number of solver steps does.
 
     Args:
       path: of the PNG.
@@ -184,17 +221,34 @@ def draw(
       columns: name -> what `measure` returned.
       traces: name -> what `residual_traces` returned.
     """
-    figure, ((accuracy, residual, radius),) = shared.new_figure(1, 3, (14, 4.2))
-    for name, column in columns.items():
-        budgets = sorted(column["accuracy"])
-        values = [100 * column["accuracy"][b] for b in budgets]
-        accuracy.plot(budgets, values, label=NAMES[name], **STYLES[name])
-        _draw_traces(residual, name, traces[name])
-        records = [r for r in trained[name].result.history if "spectral_radius" in r]
-        steps = [r["step"] for r in records]
-        radius.plot(
-            steps, [r["spectral_radius"] for r in records], label=NAMES[name], **STYLES[name]
-        )
+    solves = all(trace.size for trace in traces.values())
+    count = 4 if solves else 2
+    figure, (axes,) = shared.new_figure(1, count, (4.6 * count, 4.2))
+    for name, model in trained.items():
+        history = model.result.history
+        _draw_history(axes[0], name, history, "train", "loss", 1)
+        if solves:
+            budgets = sorted(columns[name]["accuracy"])
+            values = [100 * columns[name]["accuracy"][b] for b in budgets]
+            axes[1].plot(budgets, values, label=NAMES[name], **STYLES[name])
+            _draw_traces(axes[2], name, traces[name])
+            _draw_history(axes[3], name, history, "eval", "spectral_radius", 1)
+        else:
+            _draw_history(axes[1], name, history, "eval", "accuracy", 100)
+    axes[0].set(xlabel="training step", ylabel="cross-entropy", yscale="log")
+    axes[0].set_title("Training loss")
+    if solves:
+        _label_solves(axes, config)
+    else:
+        axes[1].set(xlabel="training step", ylabel="test accuracy, %")
+        axes[1].set_title("Accuracy")
+    for axis in axes:
+        axis.legend(frameon=False)
+    figure.savefig(path)
+
+
+def _label_solves(axes: Any, config: ImageConfig) -> None:
+    _, accuracy, residual, radius = axes
     accuracy.set(xlabel="solver steps (evaluations of f)", ylabel="test accuracy, %", xscale="log")
     accuracy.set_xticks(config.eval_budgets, [str(b) for b in config.eval_budgets])
     accuracy.minorticks_off()
@@ -207,15 +261,24 @@ def draw(
     residual.axhline(config.solver.tol, color="0.4", linewidth=1, linestyle=":")
     residual.annotate("tolerance", (1, config.solver.tol), va="bottom", fontsize=8, color="0.3")
     residual.set(xlabel="solver steps (evaluations of f)", yscale="log")
-    residual.set_ylabel("relative residual")
+    residual.set_ylabel("relative residual" if config.solver.stop == "rel" else "residual")
     residual.set_title("Residual: median image, and 1st to 9th decile")
     radius.axhline(1, color="0.4", linewidth=1, linestyle=":")
     radius.set(xlabel="training step", ylabel="spectral radius of df/dz at z*")
     radius.set_ylim(bottom=0)
     radius.set_title("Stability over training")
-    for axis in (accuracy, residual, radius):
-        axis.legend(frameon=False)
-    figure.savefig(path)
+
+
+def _draw_history(
+    axis: Any, name: str, history: list[dict[str, Any]], kind: str, metric: str, factor: float
+) -> None:
+    """One metric over the training steps; of evaluations, that at the largest budget."""
+    records = [r for r in history if r["kind"] == kind and metric in r]
+    largest = max((r.get("budget", 0) for r in records), default=0)
+    records = [r for r in records if r.get("budget", 0) == largest]
+    style = STYLES[name] | {"markersize": 3}
+    values = [factor * r[metric] for r in records]
+    axis.plot([r["step"] for r in records], values, label=NAMES[name], **style)
 
 
 def _draw_traces(axis: Any, name: str, traces: np.ndarray) -> None:

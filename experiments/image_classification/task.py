@@ -9,46 +9,38 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-import deq_jax as deq
-from deq_jax.data import images, pipeline
-from deq_jax.models.convnet import ConvDEQ
-from deq_jax.training import Batch, DataIterator, EvalData, Output
-from deq_jax.training.parallel import sharded_fixed_point
+from deq_jax.models.heads import ClassificationHead
+from deq_jax.models.mdeq import MDEQ
+from deq_jax.models.resnet import ResNet
+from deq_jax.training import Batch, Output
+from experiments import trunk
 from experiments.image_classification.config import ImageConfig
 
-SHAPES = {"digits": (8, 8, 1)}
-"""Height, width and channels of every set."""
+TOP = 5
+"""Second measure: whether the label is among so many classes of the highest scores."""
 
 
 class ImageTask:
-    """Cross-entropy of a classifier whose features are an equilibrium."""
+    """Cross-entropy of a classifier whose features are an equilibrium, or of an explicit one."""
 
     def __init__(self, config: ImageConfig, mesh: Mesh) -> None:
         """Wires the model.
 
         Args:
-          config: solver, backward, train, model and data are read.
+          config: all but optim is read.
           mesh: the devices over which the solve is split.
         """
-        part = config.model
-        self._sample = (mesh.size, *SHAPES[config.data.name])
-        self.model = ConvDEQ(
-            classes=10,
-            solver=config.build_solver(),
-            adjoint=config.backward.build_adjoint(),
-            channels=part.channels,
-            expansion=part.expansion,
-            groups=part.groups,
-            dropout=part.dropout,
-            pool=part.pool,
-            fixed_point=sharded_fixed_point(mesh),
-        )
-        self.tied = self.model.clone(adjoint=deq.Unroll(config.train.warmup_layers))
+        data = config.data
+        self._sample = (mesh.size, data.size, data.size, data.colors)
+        self.classes = config.model.classes
+        self.model = build_model(config, mesh)
+        self.tied = self.model
+        if isinstance(self.model, MDEQ):
+            self.tied = trunk.unrolled(self.model, config)
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Draws the initial weights; see `deq_jax.training.Task`."""
-        variables = self.model.init(key, jnp.zeros(self._sample), train=False)
-        return variables["params"], {}
+        return trunk.init(self.model, key, jnp.zeros(self._sample))
 
     def forward(
         self,
@@ -63,45 +55,48 @@ class ImageTask:
         probe: Any,
     ) -> Output:
         """Logits, loss and accuracy of a batch; see `deq_jax.training.Task`."""
-        model = self.tied if warmup else self.model
-        applied: Any = model.apply(
-            {"params": params},
+        logits, solution, extra = trunk.forward(
+            self.tied if warmup else self.model,
+            params,
+            extra,
             batch["image"],
+            key=key,
             train=train,
             max_steps=max_steps,
             probe=probe,
-            rngs={"dropout": key} if key is not None else None,
         )
-        logits, solution = applied
         labels, mask = batch["label"], batch["mask"]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels) * mask
-        right = (jnp.argmax(logits, axis=-1) == labels) * mask
         count = mask.sum()
+        sums = {"accuracy": (jnp.argmax(logits, axis=-1) == labels) * mask}
+        if self.classes > TOP:
+            best = jax.lax.top_k(logits, TOP)[1]  # [B, TOP]
+            sums[f"top{TOP}"] = (best == labels[:, None]).any(axis=1) * mask
         return Output(
             loss=losses.sum() / jnp.maximum(count, 1),
-            sums={"accuracy": right.sum(), "count": count},
+            sums={name: value.sum() for name, value in sums.items()} | {"count": count},
             extra=extra,
             solution=solution,
         )
 
 
-def build_data(config: ImageConfig) -> tuple[DataIterator, EvalData]:
-    """Opens the image set.
+def build_model(config: ImageConfig, mesh: Mesh) -> MDEQ | ResNet:
+    """The network that the configuration names.
 
     Args:
-      config: data and train are read.
+      config: all but optim and data is read.
+      mesh: the devices over which the solve is split.
 
     Returns:
-      Endless training batches, and a function that gives one pass over the test set.
+      A Linen module.
     """
-    train, test = images.digits("train"), images.digits("test")
-    standardize = images.Standardize.of(train)
-    batches = pipeline.train_iterator(
-        train,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        transform=standardize,
-        augment=images.RandomShift(config.data.shift) if config.data.shift else None,
+    part = config.model
+    if part.name == "mdeq":
+        head = ClassificationHead(part.classes, part.head, part.final, part.momentum)
+        return trunk.build_mdeq(config, part, head, mesh)
+    return ResNet(
+        classes=part.classes,
+        depth=int(part.name.removeprefix("resnet")),
+        stem="imagenet" if part.downsample else "cifar",
+        momentum=part.momentum,
     )
-    size = config.data.eval_batch_size
-    return batches, lambda: pipeline.eval_batches(test, batch_size=size, transform=standardize)

@@ -1,0 +1,256 @@
+"""Table and picture of segmentation."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from deq_jax.training import EvalData, TrainResult
+from deq_jax.training.parallel import replicated
+from deq_jax.training.placement import place
+from experiments import report as shared
+from experiments.segmentation.config import SegmentationConfig
+from experiments.segmentation.data import Drawing
+from experiments.segmentation.task import SegmentationTask
+
+NAMES = {"no_jr": "without JR", "jr": "with JR", "model": "model"}
+IGNORED = np.asarray([40, 40, 40], np.uint8)
+"""Colour of pixels without a label."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A task and what its training left."""
+
+    task: SegmentationTask
+    result: TrainResult
+
+
+def measure(config: SegmentationConfig, model: Trained) -> dict[str, Any]:
+    """The numbers of one column of the table.
+
+    Args:
+      config: the whole configuration.
+      model: a trained model.
+
+    Returns:
+      "miou" (budget -> share), "accuracy" and "iou" (class -> share) at the main budget, "steps",
+      "unconverged", "spectral_radius", "penalty", "train_steps" and "backward_steps" (mean number
+      in the last line of training metrics), "images_per_second" and "seconds_per_step" (of
+      training after the warm-up phase); None for what was not measured.
+    """
+    final = model.result.evaluation
+    main = final[config.eval_steps]
+    logged = [r for r in model.result.history if r["kind"] == "train"]
+    solving = [r for r in logged if r["step"] > config.train.warmup_steps] or logged
+    speeds = [r["steps_per_second"] for r in solving if "steps_per_second" in r]
+    speed = statistics.median(speeds) if speeds else None
+    return {
+        "miou": {budget: values.get("miou") for budget, values in final.items()},
+        "accuracy": main.get("accuracy"),
+        "iou": {name: main.get(f"iou/{name}") for name in model.task.names},
+        "steps": main.get("fwd_steps"),
+        "unconverged": main.get("unconverged"),
+        "spectral_radius": main.get("spectral_radius"),
+        "penalty": main.get("penalty"),
+        "train_steps": logged[-1].get("fwd_steps") if logged else None,
+        "backward_steps": logged[-1].get("bwd_steps") if logged else None,
+        "seconds_per_step": 1 / speed if speed else None,
+        "images_per_second": config.train.batch_size * speed if speed else None,
+    }
+
+
+def write(
+    folder: Path,
+    config: SegmentationConfig,
+    trained: Mapping[str, Trained],
+    data: EvalData,
+    drawing: Drawing,
+    mesh: Mesh,
+) -> str:
+    """Writes results.md, results.json and predictions.png.
+
+    Args:
+      folder: of the experiment.
+      config: the whole configuration.
+      trained: name -> model.
+      data: one pass over the evaluation images.
+      drawing: colours of the classes and of the images.
+      mesh: the devices.
+
+    Returns:
+      The table, for the screen.
+    """
+    columns = {name: measure(config, model) for name, model in trained.items()}
+    text = make_table(config, columns)
+    shared.write(folder, text, columns)
+    draw(folder / "predictions.png", config, trained, data, drawing, mesh)
+    return text
+
+
+def make_table(config: SegmentationConfig, columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """Lays out the measures, one column for each model.
+
+    Args:
+      config: the whole configuration.
+      columns: name -> what `measure` returned.
+
+    Returns:
+      A Markdown table with its explanation.
+    """
+    limit = config.eval_steps
+
+    def row(label: str, values: Sequence[float | None], form: str) -> list[str]:
+        return [label, *("-" if v is None else format(v, form) for v in values)]
+
+    def simple(label: str, key: str, form: str) -> list[str]:
+        return row(label, [c[key] for c in columns.values()], form)
+
+    def plural(budget: int) -> str:
+        return f"{budget} step{'s' * (budget > 1)}"
+
+    rows = [
+        row(f"mIoU at {plural(b)}", [c["miou"][b] for c in columns.values()], ".1%")
+        for b in config.eval_budgets
+    ]
+    rows.append(simple(f"pixel accuracy at {plural(limit)}", "accuracy", ".1%"))
+    for name in next(iter(columns.values()))["iou"]:
+        rows.append(row(f"IoU {name}", [c["iou"][name] for c in columns.values()], ".1%"))
+    rows += [
+        simple("steps forward in evaluation (NFE)", "steps", ".1f"),
+        simple(f"not at {config.solver.tol:g} in {plural(limit)}", "unconverged", ".1%"),
+        simple("spectral radius of df/dz", "spectral_radius", ".2f"),
+        simple("penalty", "penalty", ".4f"),
+        simple("steps forward in training (NFE)", "train_steps", ".1f"),
+        simple("steps backward in training", "backward_steps", ".1f"),
+        simple("seconds per training step", "seconds_per_step", ".3f"),
+        simple("images per second in training", "images_per_second", ".1f"),
+    ]
+    part = config.data
+    text = shared.table([f"{part.name}, {part.eval_split}", *(NAMES[n] for n in columns)], rows)
+    text += (
+        f"\nA step is one evaluation of f.  IoU of the classes at {plural(limit)}; mIoU is their "
+        "mean, over the pixels\nof the whole set at once.  Penalty: norm(df/dz)_F^2 / number of "
+        "elements of z."
+    )
+    if config.jac.gamma:
+        text += f"  JR: gamma {config.jac.gamma:g} on {config.jac.prob:.0%} of the updates."
+    return text + "\n"
+
+
+def pick(config: SegmentationConfig, data: EvalData) -> dict[str, np.ndarray]:
+    """Takes a few evaluation images, evenly spread over the set.
+
+    Args:
+      config: drawn is read.
+      data: one pass over the evaluation images.
+
+    Returns:
+      "image" and "label" of at most config.drawn examples.
+    """
+    total = sum(int(batch["mask"].sum()) for batch in data())
+    wanted = np.unique(np.linspace(0, total, min(config.drawn, total), endpoint=False, dtype=int))
+    parts, first = [], 0
+    for batch in data():
+        size = int(batch["mask"].sum())
+        here = [i - first for i in wanted if first <= i < first + size]
+        parts += [(batch["image"][i], batch["label"][i]) for i in here]
+        first += size
+    return {"image": np.stack([p[0] for p in parts]), "label": np.stack([p[1] for p in parts])}
+
+
+def predict(
+    config: SegmentationConfig, model: Trained, images: np.ndarray, mesh: Mesh
+) -> np.ndarray:
+    """Classes that a model gives to every pixel, at the main budget.
+
+    Args:
+      config: the evaluation budget is read.
+      model: a trained model.
+      images: float [B, H, W, 3].
+      mesh: the devices.
+
+    Returns:
+      int32 [B, H, W].
+    """
+    step = jax.jit(model.task.predict, out_shardings=replicated(mesh))
+    state, found = model.result.state, []
+    for image in images:  # one at a time, a copy on each device: they may be large
+        copies = np.repeat(image[None], mesh.local_mesh.size, axis=0)
+        batch = place({"image": copies, "mask": np.ones(len(copies), np.float32)}, mesh)
+        budget = jnp.int32(config.eval_steps)
+        found.append(np.asarray(step(state.params, state.extra, batch["image"], budget))[0])
+    return np.stack(found)
+
+
+def draw(
+    path: Path,
+    config: SegmentationConfig,
+    trained: Mapping[str, Trained],
+    data: EvalData,
+    drawing: Drawing,
+    mesh: Mesh,
+) -> None:
+    """Draws images, their truth and the predictions, one image in a row.
+
+    Args:
+      path: of the PNG.
+      config: the whole configuration.
+      trained: name -> model.
+      data: one pass over the evaluation images.
+      drawing: colours of the classes and of the images.
+      mesh: the devices.
+    """
+    from matplotlib.patches import Patch
+
+    chosen = pick(config, data)
+    columns = {
+        "image": drawing.picture(chosen["image"]),
+        "truth": paint(chosen["label"], drawing.palette),
+    }
+    for name, model in trained.items():
+        title = "prediction" if len(trained) == 1 else f"prediction {NAMES[name]}"
+        found = predict(config, model, chosen["image"], mesh)
+        columns[title] = paint(found, drawing.palette)
+    count, (height, width) = len(chosen["image"]), chosen["image"].shape[1:3]
+    size = (3.3 * len(columns), 3.3 * height / width * count + 1.0)
+    figure, axes = shared.new_figure(count, len(columns), size)
+    for j, (title, pictures) in enumerate(columns.items()):
+        axes[0, j].set_title(title)
+        for i, picture in enumerate(pictures):
+            axes[i, j].imshow(picture, interpolation="nearest")
+            axes[i, j].set_axis_off()
+    names = next(iter(trained.values())).task.names
+    patches = [
+        Patch(facecolor=np.asarray(color) / 255, edgecolor="0.4", label=name)
+        for name, color in zip([*names, "no label"], [*drawing.palette, IGNORED], strict=True)
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
+def paint(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Colours of classes.
+
+    Args:
+      labels: integers [B, H, W]; what is no class is painted dark grey.
+      palette: uint8 [classes, 3].
+
+    Returns:
+      uint8 [B, H, W, 3].
+
+    Example:
+      >>> paint(np.asarray([[[0, 255]]]), np.asarray([[9, 9, 9]], np.uint8)).tolist()
+      [[[[9, 9, 9], [40, 40, 40]]]]
+    """
+    colors = np.concatenate([palette, IGNORED[None]])
+    known = (labels >= 0) & (labels < len(palette))
+    return colors[np.where(known, labels, len(palette))]

@@ -1,0 +1,165 @@
+"""What the image tasks share: the multiscale DEQ's settings, its wiring, and one forward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
+import deq_jax as deq
+from deq_jax.models.mdeq import MDEQ
+from deq_jax.models.mdeq_cell import MDEQCell, check_cell
+from deq_jax.solvers import Solution
+from deq_jax.training import Config, option, require
+from deq_jax.training.parallel import sharded_fixed_point
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrunkConfig:
+    """Stem and cell of a multiscale DEQ; an image task inherits and adds its head."""
+
+    channels: tuple[int, ...] = option((24, 24), "channels of each branch, finest first")
+    expansion: int = option(5, "channels of a block's hidden layer over those of its branch")
+    blocks: int = option(1, "residual blocks in each branch")
+    big_kernels: tuple[int, ...] = option(
+        (), "for each branch, how many of a block's two convolutions are 5x5; empty for none"
+    )
+    groups: int = option(8, "groups of the normalisations in the cell")
+    post_affine: bool = option(False, "whether the cell's last normalisation has scale and bias")
+    dropout: float = option(0.0, "variational dropout in the blocks, one mask for a solve")
+    downsample: int = option(0, "how often the stem halves the images: 0, 1 or 2")
+    momentum: float = option(0.1, "weight of the newest batch in running batch statistics")
+
+    def __post_init__(self) -> None:
+        check_cell(self)
+        require(self.downsample in (0, 1, 2), "downsample", "0, 1 or 2", self.downsample)
+        require(0 < self.momentum <= 1, "momentum", "in (0, 1]", self.momentum)
+
+
+def check_size(trunk: TrunkConfig, height: int, width: int) -> None:
+    """Refuses images that the branches cannot halve.
+
+    Args:
+      trunk: channels and downsample are read.
+      height: of the images.
+      width: of the images.
+
+    Raises:
+      ValueError: a side does not divide.
+
+    Example:
+      >>> check_size(TrunkConfig(channels=(8, 8)), 32, 32)
+    """
+    unit = 2 ** (trunk.downsample + len(trunk.channels) - 1)
+    require(
+        height > 0 and width > 0 and height % unit == 0 and width % unit == 0,
+        "data.size",
+        f"a multiple of {unit} in both directions for {len(trunk.channels)} branches and "
+        f"downsample {trunk.downsample}",
+        (height, width),
+    )
+
+
+def build_mdeq(config: Config, trunk: TrunkConfig, head: nn.Module, mesh: Mesh) -> MDEQ:
+    """Wires a multiscale DEQ.
+
+    Args:
+      config: solver, backward, jac and eval are read.
+      trunk: stem and cell.
+      head: what is made of the equilibrium.
+      mesh: the devices over which the solve is split.
+
+    Returns:
+      The model.
+    """
+    cell = MDEQCell(
+        channels=trunk.channels,
+        expansion=trunk.expansion,
+        blocks=trunk.blocks,
+        big_kernels=trunk.big_kernels,
+        groups=trunk.groups,
+        post_affine=trunk.post_affine,
+        dropout=trunk.dropout,
+    )
+    return MDEQ(
+        cell=cell,
+        head=head,
+        solver=config.build_solver(),
+        adjoint=config.backward.build_adjoint(),
+        downsample=trunk.downsample,
+        momentum=trunk.momentum,
+        fixed_point=sharded_fixed_point(mesh),
+    )
+
+
+def unrolled(model: MDEQ, config: Config) -> MDEQ:
+    """The weight-tied network of the warm-up phase.
+
+    Args:
+      model: from `build_mdeq`.
+      config: train is read.
+
+    Returns:
+      The same model, with `config.train.warmup_layers` applications of f instead of a solve.
+    """
+    return model.clone(adjoint=deq.Unroll(config.train.warmup_layers))
+
+
+def init(model: nn.Module, key: jax.Array, sample: jax.Array) -> tuple[Any, Any]:
+    """Draws the initial weights of a model with batch statistics; see `deq_jax.training.Task`.
+
+    Args:
+      model: called as ``model(images, train=...)``.
+      key: a PRNG key.
+      sample: images of the right shape.
+
+    Returns:
+      (params, extra).
+    """
+    variables: Any = model.init(key, sample, train=False)
+    params = variables["params"]
+    return params, {name: tree for name, tree in variables.items() if name != "params"}
+
+
+def forward(
+    model: nn.Module,
+    params: Any,
+    extra: Any,
+    images: jax.Array,
+    *,
+    key: jax.Array | None,
+    train: bool,
+    max_steps: int | jax.Array,
+    probe: Any,
+) -> tuple[jax.Array, Solution | None, Any]:
+    """One pass of an `MDEQ`, or of an explicit network, with its batch statistics and masks.
+
+    Args:
+      model: an `MDEQ`, or a module called as ``model(images, train=...)``.
+      params: trained parameters.
+      extra: the other collections.
+      images: float [B, H, W, colours].
+      key: for dropout; None in evaluation.
+      train: whether this is a training pass.
+      max_steps: budget of the solve.
+      probe: see `deq.backward_probe`.
+
+    Returns:
+      The model's output, the solution of its solve (None without one), and the new collections.
+    """
+    solves = isinstance(model, MDEQ)
+    budget: Any = {"max_steps": max_steps, "probe": probe} if solves else {}
+    applied: Any = model.apply(
+        {"params": params, **extra},
+        images,
+        train=train,
+        mutable=list(extra) if train else False,
+        rngs={"dropout": key} if key is not None else None,
+        **budget,
+    )
+    result, updated = applied if train else (applied, extra)
+    output, solution = result if solves else (result, None)
+    return output, solution, updated
