@@ -37,7 +37,7 @@ TABLE = {
         CORE,
         {"jax", "flax", "numpy", "optax", "orbax", "absl", "tqdm", "tensorboardX", "matplotlib"},
     ),
-    "convert": (set(), {"numpy", "torch"}),
+    "convert": ({"training"}, {"numpy", "torch"}),
 }
 # Heavy packages that only the function using them may import.
 LATE = {"grain", "tensorflow_datasets", "sklearn", "PIL", "torch", "matplotlib", "tensorboardX"}

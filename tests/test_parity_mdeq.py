@@ -46,7 +46,7 @@ def recorded(name):
 
 
 def weights(name, dtype=np.float64):
-    params, stats = convert_state(recorded(f"{name}_weights"))
+    params, stats = convert_state(recorded(f"{name}_weights"))[:2]
     cast = functools.partial(jax.tree.map, lambda a: jnp.asarray(a, dtype))
     return cast(params), cast(stats)
 
@@ -74,14 +74,14 @@ def exactness(array):
 
 
 def close_trees(ours, theirs, tolerance):
-    """Leaf by leaf; a bias before a batch norm has no gradient but rounding."""
+    """Leaf by leaf, but for those that are rounding or cancellation, as biases before a norm."""
     ours = {jax.tree_util.keystr(p): a for p, a in jax.tree_util.tree_leaves_with_path(ours)}
     theirs = jax.tree_util.tree_leaves_with_path(theirs)
     largest = max(np.abs(a).max() for _, a in theirs)
     assert len(ours) == len(theirs)
     for path, a in theirs:
         name = jax.tree_util.keystr(path)
-        scale = max(np.abs(a).max(), 1e-3 * largest)
+        scale = max(np.abs(a).max(), 1e-2 * largest)
         np.testing.assert_allclose(ours[name], a, rtol=0, atol=tolerance * scale, err_msg=name)
 
 
@@ -92,7 +92,7 @@ def test_the_converted_tree_is_that_of_the_model(name):
     wanted = jax.eval_shape(
         lambda key: model.init(key, jnp.zeros((1, 32, 32, 3)), train=False), jax.random.key(0)
     )
-    params, stats = convert_state(recorded(f"{name}_weights"))
+    params, stats = convert_state(recorded(f"{name}_weights"))[:2]
     shapes = jax.tree.map(np.shape, {"params": params, "batch_stats": stats})
     assert shapes == jax.tree.map(lambda a: a.shape, wanted)
 
@@ -158,7 +158,7 @@ def test_f_and_its_vector_jacobian_products(name, x64):
         full = k if k in torch_weights else f"fullstage.{k}"
         rng = np.random.default_rng([99, zlib.crc32(k.encode())])
         direction = rng.standard_normal(torch_weights[full].shape)
-        converted, _ = convert_state({full: direction}, partial=True)
+        converted = convert_state({full: direction}, partial=True).params
         ours = sum(
             float(np.vdot(a, _at(d_params, path)))
             for path, a in jax.tree_util.tree_leaves_with_path(converted["equilibrium"]["f"])
@@ -245,9 +245,9 @@ def test_training_through_the_equilibrium(dtype, tol, near, gradient):
             (_, (loss, penalty, logits, solution, new)), grads = run(alpha)
             np.testing.assert_allclose(loss, arrays["loss"], rtol=near)
             close(logits, arrays["logits"], near)
-            wanted, _ = convert_state(_under(arrays, "grad/"), partial=True)
+            wanted = convert_state(_under(arrays, "grad/"), partial=True).params
             close_trees(grads, wanted, gradient)
-            _, wanted = convert_state(_under(arrays, "buffer_after/"), partial=True)
+            wanted = convert_state(_under(arrays, "buffer_after/"), partial=True).batch_stats
             for path, a in jax.tree_util.tree_leaves_with_path(wanted):
                 close(_at(new, path), a, near)
         for ours, theirs in zip(
@@ -266,7 +266,7 @@ def test_training_through_the_unrolled_network(x64):
     np.testing.assert_allclose(loss, arrays["loss"], rtol=ROUNDING)
     np.testing.assert_allclose(penalty, arrays["jac_loss"].item(), rtol=1e-11)
     close(logits, arrays["logits"], ROUNDING)
-    wanted, _ = convert_state(_under(arrays, "grad/"), partial=True)
+    wanted = convert_state(_under(arrays, "grad/"), partial=True).params
     close_trees(grads, wanted, STORED_IN_FLOAT32)
 
 

@@ -32,7 +32,7 @@ def is_normalised(path: str, leaf: Any) -> bool:
       True for the kernels of the residual blocks and of the convolutions after the fusion.
 
     Example:
-      >>> is_normalised("fuse_0_1/conv/kernel", jnp.ones((1, 1, 4, 4)))
+      >>> is_normalised("fuse_0_1/conv/kernel", jax.numpy.ones((1, 1, 4, 4)))
       False
     """
     return path.startswith(("branch", "post")) and deq.reparam.is_weight(path, leaf)
@@ -55,7 +55,7 @@ class Block(nn.Module):
       kernel_init: initialiser of both kernels.
 
     Example:
-      >>> z = jnp.ones((2, 4, 4, 8))
+      >>> z = jax.numpy.ones((2, 4, 4, 8))
       >>> Block().init_with_output(jax.random.key(0), z, None, None)[0].shape
       (2, 4, 4, 8)
     """
@@ -89,7 +89,7 @@ class Down(nn.Module):
       groups: groups of the normalisations.
 
     Example:
-      >>> Down(16, 2).init_with_output(jax.random.key(0), jnp.ones((1, 8, 8, 8)))[0].shape
+      >>> Down(16, 2).init_with_output(jax.random.key(0), jax.numpy.ones((1, 8, 8, 8)))[0].shape
       (1, 2, 2, 16)
     """
 
@@ -119,7 +119,7 @@ class Up(nn.Module):
       groups: groups of the normalisation.
 
     Example:
-      >>> Up(16, 2).init_with_output(jax.random.key(0), jnp.ones((1, 2, 2, 8)))[0].shape
+      >>> Up(16, 2).init_with_output(jax.random.key(0), jax.numpy.ones((1, 2, 2, 8)))[0].shape
       (1, 8, 8, 16)
     """
 
@@ -143,7 +143,7 @@ class After(nn.Module):
       kernel_init: initialiser of the 1x1 kernel.
 
     Example:
-      >>> After().init_with_output(jax.random.key(0), jnp.ones((1, 4, 4, 8)))[0].shape
+      >>> After().init_with_output(jax.random.key(0), jax.numpy.ones((1, 4, 4, 8)))[0].shape
       (1, 4, 4, 8)
     """
 
@@ -180,7 +180,7 @@ class MDEQCell(nn.Module):
 
     Example:
       >>> cell = MDEQCell(channels=(8, 16))
-      >>> z = (jnp.ones((1, 4, 4, 8)), jnp.ones((1, 2, 2, 16)))
+      >>> z = (jax.numpy.ones((1, 4, 4, 8)), jax.numpy.ones((1, 2, 2, 16)))
       >>> out, _ = cell.init_with_output(jax.random.key(0), z, z[0])
       >>> [y.shape for y in out]
       [(1, 4, 4, 8), (1, 2, 2, 16)]

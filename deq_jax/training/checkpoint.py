@@ -62,11 +62,7 @@ class Checkpoints:
         self._directory, self._keep, self._fits, self._say = directory, keep, fits, say
         self._pending: tuple[int, Future[None]] | None = None
         self._background = ThreadPoolExecutor(max_workers=1)
-        self._context = ocp.Context()
-        self._context.checkpointables.registry = ocp.handlers.local_registry()
-        self._context.checkpointables.registry.add(
-            ocp.handlers.JsonHandler, checkpointable_name="host"
-        )
+        self._context = _make_context()
         self._quiet = _WithoutOrbaxTracebacks()
 
     def __enter__(self) -> Checkpoints:
@@ -93,12 +89,12 @@ class Checkpoints:
         names = [entry.name for entry in self._directory.iterdir() if entry.is_dir()]
         return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
 
-    def save(self, step: int, state: TrainState, host: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, host: dict[str, Any]) -> None:
         """Begins to save; returns as soon as `state` may be donated.
 
         Args:
           step: the number of finished steps.
-          state: what to save.
+          state: what to save, a `TrainState` or any tree of arrays.
           host: what else to save, a dict that JSON can hold.
 
         Raises:
@@ -206,6 +202,40 @@ class Checkpoints:
             f"the checkpoint of step {step} could not be written to {self._directory}: "
             f"{reason}; {kept}"
         ) from error
+
+
+def read(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Reads one checkpoint as plain nested dicts, whatever model and run it is of.
+
+    Args:
+      path: folder of the checkpoint, `.../checkpoints/000000500`.
+
+    Returns:
+      (state, host): what was saved, arrays on the first device; the dict saved beside it.
+
+    Raises:
+      ValueError: it is damaged.  Other exceptions, of any kind, come from Orbax.
+
+    Example:
+      >>> state, host = read(Path("runs/digits/jr/checkpoints/000000600"))  # doctest: +SKIP
+    """
+    _check_files(path)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with _make_context():
+        record = ocp.load_checkpointables(str(path), {"host": None})["host"]
+        shapes = ocp.checkpointables_metadata(str(path)).metadata["state"]
+        template = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), shapes
+        )
+        state = ocp.load_checkpointables(str(path), {"state": template})["state"]
+    return state, record["host"]
+
+
+def _make_context() -> Any:
+    context = ocp.Context()
+    context.checkpointables.registry = ocp.handlers.local_registry()
+    context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name="host")
+    return context
 
 
 class _WithoutOrbaxTracebacks(logging.Filter):

@@ -263,6 +263,11 @@ class Config:
     workdir: str = option(
         "runs/default", "folder of checkpoints, metrics and plots", may_change=True
     )
+    init_from: str = option(
+        "",
+        "folder whose weights a new run starts from: the workdir of a trained model, or what "
+        "python -m deq_jax.convert.mdeq wrote; empty for random weights",
+    )
     solver: SolverConfig = SolverConfig()
     backward: BackwardConfig = BackwardConfig()
     jac: JacConfig = JacConfig()

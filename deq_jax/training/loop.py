@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import optax
 from jax.sharding import Mesh
 
-from deq_jax.training import fields, metrics, workdir
+from deq_jax.training import fields, metrics, weights, workdir
 from deq_jax.training.checkpoint import CheckpointError, Checkpoints
 from deq_jax.training.config import Config
 from deq_jax.training.console import Console
@@ -132,9 +133,7 @@ class _Run:
         self.pending: list[tuple[int, dict[str, metrics.Mean]]] = []  # on the devices
         self.window: dict[str, metrics.Mean] = {}  # on the host, since the last line of metrics
         state = self._restore(abstract_state(task, optimizer, mesh))
-        if state is None:
-            state = create_state(task, optimizer, config.train.seed, mesh)
-        self.state = state
+        self.state = self._begin(task, optimizer) if state is None else state
         self._restart_clock()
         try:
             self.writer = MetricWriter(self.folder, self.step, self.console.say)
@@ -174,6 +173,16 @@ class _Run:
         self.step = self.saved_step = int(restored.state.step)
         self.console.say(f"resuming {self.folder} at step {self.step}")
         return restored.state
+
+    def _begin(self, task: Task, optimizer: optax.GradientTransformation) -> TrainState:
+        """The state of step 0: random weights, or those that the configuration names."""
+        loaded = weights.load(Path(self.config.init_from)) if self.config.init_from else None
+        state = create_state(task, optimizer, self.config.train.seed, self.mesh)
+        if loaded is None:
+            return state
+        self.console.say(f"starting from the weights in {self.config.init_from}")
+        params, extra = weights.adopt((state.params, state.extra), loaded, self.console.say)
+        return state.replace(params=params, extra=extra)
 
     def _advance(self) -> None:
         try:

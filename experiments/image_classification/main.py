@@ -25,14 +25,7 @@ from experiments.image_classification.task import ImageTask
 
 
 def run(config: ImageConfig) -> dict[str, report.Trained]:
-    """Trains the models and writes the report.
-
-    Args:
-      config: the whole configuration.
-
-    Returns:
-      name -> trained model: "no_jr" and "jr" for a comparison, else "model".
-    """
+    """Trains "no_jr" and "jr" for a comparison, else "model"; writes the report."""
     train_data, eval_data = build_data(config)  # before anything is written: it may be missing
     folder, mesh, start = workdir.claim(config), make_mesh(), train_data.get_state()
     plain = dataclasses.replace(config.jac, gamma=0.0, increment=0.0, warmup_gamma=0.0)

@@ -1,0 +1,1 @@
+"""Published PyTorch weights as parameters of our models.  Only this package may need torch."""

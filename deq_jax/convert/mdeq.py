@@ -1,0 +1,223 @@
+"""Published weights of the multiscale DEQ, for classification and segmentation.
+
+    python -m deq_jax.convert.mdeq weights.pkl out_dir
+    python -m experiments.image_classification.main --preset=imagenet_small --init_from=out_dir
+
+Names are those of the published state dicts; `fullstage_copy.*` and batch counters are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from deq_jax.convert.torch_state import Converted, Module, convert, read
+
+IGNORED = ("fullstage_copy.",)
+"""The published layer keeps a second copy of f, for its backward pass."""
+
+_BATCH_NORM = ("norm", "statistics")
+
+
+def modules(branches: int, blocks: int = 1) -> Iterator[Module]:
+    """The modules of the published model.
+
+    Args:
+      branches: number of resolutions.
+      blocks: residual blocks in each.
+
+    Yields:
+      Stem, cell, and both heads; what only some models have is optional.
+
+    Example:
+      >>> next(modules(2)).ours
+      'stem/conv1'
+    """
+    for theirs, ours in (("0", "conv1"), ("3", "conv2")):
+        yield Module(f"downsample.{theirs}", f"stem/{ours}", ("conv",))
+    for theirs, ours in (("1", "norm1"), ("4", "norm2")):
+        yield Module(f"downsample.{theirs}", f"stem/{ours}", _BATCH_NORM)
+    small = branches <= 2  # such a model has the convolution only if it halves its input
+    yield Module("stage0.0", "stem/inject", ("conv",), optional=small)
+    yield Module("stage0.1", "stem/inject_norm", _BATCH_NORM, optional=small)
+    yield from _cell(branches, blocks)
+    yield from _classification(branches)
+    yield Module("last_layer.0", "head/merge", ("conv_bias",), optional=True)
+    yield Module("last_layer.1", "head/merge_norm", _BATCH_NORM, optional=True)
+    yield Module("last_layer.3", "head/scores", ("conv_bias",), optional=True)
+
+
+def _cell(branches: int, blocks: int) -> Iterator[Module]:
+    there, here = "fullstage", "equilibrium/f"
+    for i in range(branches):
+        for j in range(blocks):
+            block, path = f"{there}.branches.{i}.blocks.{j}", f"{here}/branch{i}_block{j}"
+            for k in (1, 2):
+                yield Module(f"{block}.conv{k}", f"{path}/conv{k}", ("weight_norm",))
+            for k in (1, 2, 3):
+                yield Module(f"{block}.gn{k}", f"{path}/norm{k}", ("norm",))
+        for j in range(branches):
+            way, path = f"{there}.fuse_layers.{i}.{j}.net", f"{here}/fuse_{i}_{j}"
+            if j > i:
+                yield Module(f"{way}.conv", f"{path}/conv", ("conv",))
+                yield Module(f"{way}.gnorm", f"{path}/norm", ("norm",))
+            for k in range(i - j):
+                yield Module(f"{way}.{k}.conv", f"{path}/conv{k}", ("conv",))
+                yield Module(f"{way}.{k}.gnorm", f"{path}/norm{k}", ("norm",))
+        post = f"{there}.post_fuse_layers.{i}"
+        yield Module(f"{post}.conv", f"{here}/post{i}/conv", ("weight_norm",))
+        yield Module(f"{post}.gnorm", f"{here}/post{i}/norm", ("norm",), optional=True)
+
+
+def _classification(branches: int) -> Iterator[Module]:
+    for i in range(branches):
+        there, here = f"incre_modules.{i}.0", f"head/increase{i}"
+        for k in (1, 2, 3):
+            yield Module(f"{there}.conv{k}", f"{here}/conv{k}", ("conv",))
+            yield Module(f"{there}.bn{k}", f"{here}/norm{k}", ("statistics",))
+        # Only where the number of channels changes.
+        yield Module(f"{there}.downsample.0", f"{here}/project", ("conv",), optional=True)
+        yield Module(f"{there}.downsample.1", f"{here}/project_norm", _BATCH_NORM, optional=True)
+        if i:
+            yield Module(f"downsamp_modules.{i - 1}.0", f"head/down{i - 1}", ("conv_bias",))
+            yield Module(f"downsamp_modules.{i - 1}.1", f"head/down{i - 1}_norm", _BATCH_NORM)
+    yield Module("final_layer.0", "head/final", ("conv_bias",))
+    yield Module("final_layer.1", "head/final_norm", _BATCH_NORM)
+    yield Module("classifier", "head/classifier", ("linear",))
+
+
+def convert_state(
+    state: Mapping[str, np.ndarray], *, segmentation: bool = False, partial: bool = False
+) -> Converted:
+    """Lays out a published state dict as the parameters of `deq_jax.models.mdeq.MDEQ`.
+
+    Args:
+      state: name -> array, as `deq_jax.convert.torch_state.read` returns it.
+      segmentation: which head is wanted; the modules of the other one count as unknown.
+      partial: accept missing and unknown names; they are listed in the result.
+
+    Returns:
+      params, batch_stats, missing, unknown.
+
+    Raises:
+      ValueError: without ``partial``, names are missing or unknown; the message lists them.
+
+    Example:
+      >>> convert_state({"classifier.bias": np.ones(3)}, partial=True).params
+      {'head': {'classifier': {'bias': array([1., 1., 1.])}}}
+    """
+    places = (
+        r"fullstage\.(?:branches|fuse_layers|post_fuse_layers)\.(\d+)\.",
+        r"fullstage\.fuse_layers\.\d+\.(\d+)\.",
+        r"incre_modules\.(\d+)\.",
+    )
+    branches = max(_count(state, pattern) for pattern in places)
+    blocks = _count(state, r"fullstage\.branches\.\d+\.blocks\.(\d+)\.")
+    other = (
+        ("head/increase", "head/down", "head/final", "head/classifier")
+        if segmentation
+        else ("head/merge", "head/scores")
+    )
+    wanted = [m for m in modules(branches, blocks) if not m.ours.startswith(other)]
+    if segmentation:  # its own head is then no option
+        wanted = [
+            Module(m.theirs, m.ours, m.kinds, m.optional and not m.ours.startswith("head"))
+            for m in wanted
+        ]
+    return convert(state, wanted, ignored=IGNORED, partial=partial)
+
+
+def _count(state: Mapping[str, np.ndarray], pattern: str) -> int:
+    """One more than the largest number that a name has at the pattern's place."""
+    found = (re.match(pattern, name) for name in state)
+    return 1 + max((int(match[1]) for match in found if match), default=0)
+
+
+def settings(converted: Converted) -> dict[str, object]:
+    """Reads off the shapes which model the weights are of.
+
+    Args:
+      converted: from `convert_state`, complete.
+
+    Returns:
+      Name of a field of the experiments' model configuration -> value.  The number of halvings in
+      the stem, of groups and the dropout do not show in the weights.
+
+    Example:
+      >>> settings(convert_state({}, partial=True))
+      {}
+    """
+    cell = converted.params.get("equilibrium", {}).get("f", {})
+    head = converted.params.get("head", {})
+    found: dict[str, object] = {}
+    branches = [cell[name] for name in sorted(cell) if re.fullmatch(r"branch\d+_block0", name)]
+    if branches:
+        kernels = [[b[f"conv{k}"]["kernel"]["v"].shape for k in (1, 2)] for b in branches]
+        found["channels"] = tuple(second[3] for _, second in kernels)
+        found["expansion"] = kernels[0][0][3] // kernels[0][0][2]
+        found["blocks"] = sum(name.startswith("branch0_") for name in cell)
+        big = tuple(sum(shape[0] == 5 for shape in pair) for pair in kernels)
+        found["big_kernels"] = big if any(big) else ()
+        found["post_affine"] = "norm" in cell["post0"]
+    if "classifier" in head:
+        found["classes"] = head["classifier"]["bias"].size
+        found["final"] = head["final"]["bias"].size
+        widths = [head[f"increase{i}"]["conv1"]["kernel"].shape[3] for i in range(len(branches))]
+        found["head"] = tuple(widths)
+    elif "scores" in head:
+        found["classes"] = head["scores"]["bias"].size
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Converts a file; the command line of this module.
+
+    Args:
+      arguments: instead of those of the process.
+
+    Raises:
+      SystemExit: with a sentence, when the file cannot be converted.
+
+    Example:
+      >>> main(["weights.pkl", "out_dir"])  # doctest: +SKIP
+    """
+    parser = argparse.ArgumentParser(description="Published MDEQ weights -> --init_from=OUT_DIR")
+    parser.add_argument("weights", type=Path, help="PyTorch state dict, or .npz of its arrays")
+    parser.add_argument("out_dir", type=Path, help="folder to be written; must not have weights")
+    parser.add_argument(
+        "--segmentation", action="store_true", help="the head is that of segmentation"
+    )
+    parser.add_argument(
+        "--partial", action="store_true", help="convert what fits, list what is missing or unknown"
+    )
+    options = parser.parse_args(arguments)
+    from deq_jax.training import weights
+
+    try:
+        converted = convert_state(
+            read(options.weights), segmentation=options.segmentation, partial=options.partial
+        )
+        if not converted.params:
+            raise ValueError(f"got no array of a multiscale DEQ in {options.weights}")
+        extra = {"batch_stats": converted.batch_stats} if converted.batch_stats else {}
+        source = {"file": options.weights.name, "missing": converted.missing}
+        weights.save(options.out_dir, converted.params, extra, source)
+    except ValueError as error:
+        sys.exit(str(error))
+    for label, names in (("missing", converted.missing), ("unknown", converted.unknown)):
+        if names:
+            print(f"{label}: {', '.join(names)}")
+    print(f"written to {options.out_dir}; the weights are of a model with")
+    for name, value in settings(converted).items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+        print(f"  --model.{name}={text}")
+    print("(halvings in the stem, groups and dropout do not show in the weights)")
+
+
+if __name__ == "__main__":
+    main()

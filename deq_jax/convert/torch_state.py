@@ -1,0 +1,201 @@
+"""State dicts of PyTorch: reading them, and laying out their arrays as ours are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PREFIXES = ("module.", "model.")
+"""What DataParallel and the published wrappers put before every name."""
+
+IGNORED = ("num_batches_tracked",)
+"""Last parts of names that carry no weights."""
+
+# kind of module -> (name of the PyTorch tensor, our collection, our name)
+LEAVES = {
+    "conv": (("weight", "params", "kernel"),),
+    "conv_bias": (("weight", "params", "kernel"), ("bias", "params", "bias")),
+    "weight_norm": (
+        ("weight_g", "params", "kernel/g"),
+        ("weight_v", "params", "kernel/v"),
+    ),
+    "linear": (("weight", "params", "kernel"), ("bias", "params", "bias")),
+    "norm": (("weight", "params", "scale"), ("bias", "params", "bias")),
+    "statistics": (
+        ("running_mean", "batch_stats", "mean"),
+        ("running_var", "batch_stats", "var"),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """One module of the published model and its place in ours.
+
+    Attributes:
+      theirs: its dotted name there.
+      ours: its path here, joined by ``/``.
+      kinds: which of its tensors there are: keys of `LEAVES`.
+      optional: whether a state dict without it is complete.
+    """
+
+    theirs: str
+    ours: str
+    kinds: tuple[str, ...]
+    optional: bool = False
+
+
+class Converted(NamedTuple):
+    """What became of a state dict.
+
+    Attributes:
+      params: nested dict of arrays.
+      batch_stats: likewise; {} without batch normalisation.
+      missing: names that the model has and the state dict has not.
+      unknown: names that the state dict has and the model has not.
+    """
+
+    params: dict[str, Any]
+    batch_stats: dict[str, Any]
+    missing: list[str]
+    unknown: list[str]
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """Reads a state dict.
+
+    Args:
+      path: a file of ``torch.save(model.state_dict(), path)``, or an ``.npz`` of the same names.
+
+    Returns:
+      name -> array, prefixes of wrappers taken off.
+
+    Raises:
+      ValueError: no such file, no state dict in it, or PyTorch is needed and not installed.
+
+    Example:
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp()) / "weights.npz"
+      >>> np.savez(path, **{"module.classifier.bias": np.zeros(3)})
+      >>> list(read(path))
+      ['classifier.bias']
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"got {path}, which is no file; wanted a PyTorch state dict or an .npz")
+    state: Any = dict(np.load(path)) if path.suffix == ".npz" else _read_torch(path)
+    if isinstance(state, Mapping) and "state_dict" in state:  # a training checkpoint
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not state or not all(map(_is_array, state.values())):
+        raise ValueError(f"got no state dict in {path}; wanted a mapping from names to tensors")
+    return {strip(str(name)): np.asarray(value) for name, value in state.items()}
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(
+            f"reading {path} needs PyTorch, which is not installed: pip install torch, or store "
+            "the tensors as an .npz under the same names"
+        ) from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds on foreign files
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} cannot be read as PyTorch weights: {reason}") from error
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def strip(name: str) -> str:
+    """Takes the prefixes of wrappers off a name.
+
+    Args:
+      name: of a tensor.
+
+    Returns:
+      The name inside the bare model.
+
+    Example:
+      >>> strip("module.model.classifier.bias")
+      'classifier.bias'
+    """
+    while name.startswith(PREFIXES):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def convert(
+    state: Mapping[str, np.ndarray],
+    modules: Iterable[Module],
+    *,
+    ignored: tuple[str, ...] = (),
+    partial: bool = False,
+) -> Converted:
+    """Lays out a state dict as our parameters.
+
+    Convolutions OIHW -> HWIO, matrices (O, I) -> (I, O), weight norm's lengths (O, 1, ...) -> (O).
+
+    Args:
+      state: name -> array.
+      modules: what the model has.
+      ignored: beginnings of names that are left out silently.
+      partial: accept missing and unknown names; they are listed in the result.
+
+    Returns:
+      The trees and the lists of names.
+
+    Raises:
+      ValueError: without ``partial``, names are missing or unknown; the message lists them.
+
+    Example:
+      >>> modules = [Module("fc", "classifier", ("linear",))]
+      >>> state = {"fc.weight": np.zeros((3, 2)), "fc.bias": np.zeros(3)}
+      >>> convert(state, modules).params["classifier"]["kernel"].shape
+      (2, 3)
+    """
+    trees: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
+    rest = {
+        name: array
+        for name, array in state.items()
+        if not name.startswith(ignored) and name.rsplit(".", 1)[-1] not in IGNORED
+    }
+    missing = []
+    for module in modules:
+        for kind in module.kinds:
+            for theirs, collection, ours in LEAVES[kind]:
+                name = f"{module.theirs}.{theirs}"
+                if name in rest:
+                    array = _lay_out(rest.pop(name), theirs)
+                    _put(trees[collection], f"{module.ours}/{ours}", array)
+                elif not module.optional:
+                    missing.append(name)
+    unknown = sorted(rest)
+    if (missing or unknown) and not partial:
+        raise ValueError(
+            f"got a state dict that does not fit: missing {missing or 'none'}; unknown "
+            f"{unknown or 'none'}; wanted the published model, or partial conversion"
+        )
+    return Converted(trees["params"], trees["batch_stats"], missing, unknown)
+
+
+def _lay_out(array: np.ndarray, name: str) -> np.ndarray:
+    if name == "weight_g":
+        return array.reshape(-1)
+    if array.ndim == 4:
+        return array.transpose(2, 3, 1, 0)
+    return array.T  # matrices; vectors stay
+
+
+def _put(tree: dict[str, Any], path: str, value: np.ndarray) -> None:
+    *parents, last = path.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[last] = np.ascontiguousarray(value)

@@ -1,0 +1,158 @@
+"""Weights from elsewhere: another run's, or published ones that `deq_jax.convert` has written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deq_jax.training.checkpoint import Checkpoints, read
+from deq_jax.training.errors import UsageError
+
+_FOLDER = "checkpoints"
+_SHOWN = 3
+"""Names listed of each kind of misfit; the others are counted."""
+
+
+def save(folder: Path, params: Any, extra: Any, source: dict[str, Any]) -> None:
+    """Writes weights where `load` finds them: one checkpoint, step 0, with its checksums.
+
+    Args:
+      folder: becomes `folder/checkpoints/000000000`.
+      params: nested dict of arrays.
+      extra: the untrained collections, for instance {"batch_stats": ...}.
+      source: where they come from, a dict that JSON can hold.
+
+    Raises:
+      UsageError: the folder has checkpoints already, or cannot be written.
+
+    Example:
+      >>> import tempfile
+      >>> folder = Path(tempfile.mkdtemp())
+      >>> save(folder, {"a": jnp.ones(2)}, {}, {"file": "a.pkl"})
+      >>> load(folder)[0]["a"].tolist()
+      [1.0, 1.0]
+    """
+    folder = Path(folder).absolute()
+    checkpoints = Checkpoints(folder / _FOLDER, keep=1, fits=lambda _: "", say=print)
+    if checkpoints.steps():
+        raise UsageError(
+            f"{folder} has checkpoints already; choose another folder, nothing is overwritten"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror}") from error
+    state = jax.tree.map(jnp.asarray, {"params": params, "extra": extra})
+    with checkpoints:
+        checkpoints.save(0, state, {"source": source})
+        checkpoints.finish()
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """Reads the weights of a run, or those that `save` wrote.
+
+    Args:
+      folder: a workdir of one model (for a comparison: `.../jr`), or a folder of `save`.
+
+    Returns:
+      (params, extra), nested dicts of arrays, from the newest checkpoint that is whole.
+
+    Raises:
+      UsageError: there is no such folder, no checkpoint in it, or none that can be read.
+
+    Example:
+      >>> params, extra = load(Path("runs/cifar10_large_jr/model"))  # doctest: +SKIP
+    """
+    directory = Path(folder).expanduser().absolute() / _FOLDER
+    steps = Checkpoints(directory, keep=1, fits=lambda _: "", say=print).steps()
+    if not steps:
+        raise UsageError(
+            f"no checkpoint in {directory}; wanted the workdir of a model (after --compare: its "
+            "folder jr or no_jr) or a folder written by python -m deq_jax.convert.mdeq"
+        )
+    refused = []
+    for step in reversed(steps):
+        try:
+            state, _ = read(directory / f"{step:09d}")
+            return state["params"], state.get("extra") or {}
+        except Exception as error:  # whatever a library makes of a damaged or foreign file
+            reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+            refused.append(f"step {step}: {reason}")
+    raise UsageError(f"no checkpoint in {directory} can be read: {'; '.join(refused)}")
+
+
+def adopt(
+    own: tuple[Any, Any], loaded: tuple[Any, Any], say: Callable[[str], None]
+) -> tuple[Any, Any]:
+    """Takes every loaded array that has a place of the same shape in a model.
+
+    A head for another number of classes, or for another task, keeps its own initial weights; what
+    was not taken over is told.
+
+    Args:
+      own: (params, extra) of the model.
+      loaded: (params, extra) from `load`.
+      say: called with the sentences that the user should see.
+
+    Returns:
+      (params, extra) like `own`, dtypes and shardings too.
+
+    Raises:
+      UsageError: nothing fits.
+
+    Example:
+      >>> mine = ({"stem": jnp.zeros(2), "head": jnp.zeros(3)}, {})
+      >>> theirs = ({"stem": jnp.ones(2), "head": jnp.ones(4)}, {})
+      >>> taken, _ = adopt(mine, theirs, print)
+      1 of 2 arrays of the model were loaded
+        of another shape, not loaded: head ([4] there, [3] here)
+      >>> taken["stem"].tolist(), taken["head"].tolist()
+      ([1.0, 1.0], [0.0, 0.0, 0.0])
+    """
+    there = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(loaded)}
+    taken, absent, misfits = set(), [], []
+
+    def choose(path: Any, leaf: jax.Array) -> jax.Array:
+        name = _name(path)
+        found = there.get(name)
+        if found is None:
+            absent.append(name)
+        elif found.shape != leaf.shape:
+            misfits.append(f"{name} ({list(found.shape)} there, {list(leaf.shape)} here)")
+        else:
+            taken.add(name)
+            # To the sharding that the model's own array has.
+            return jax.device_put(jax.device_get(found).astype(leaf.dtype), leaf.sharding)
+        return leaf
+
+    result = jax.tree_util.tree_map_with_path(choose, own)
+    total = len(taken) + len(absent) + len(misfits)
+    if not taken:
+        raise UsageError(
+            f"none of the {len(there)} arrays loaded has a place in this model of {total}; "
+            f"there: {_few(sorted(there))}; here: {_few(absent or misfits)}"
+        )
+    say(f"{len(taken)} of {total} arrays of the model were loaded")
+    seen = taken | {misfit.split(" ")[0] for misfit in misfits}
+    for label, names in (
+        ("of another shape, not loaded", misfits),
+        ("not there, left as initialised", absent),
+        ("there, but not in the model", sorted(set(there) - seen)),
+    ):
+        if names:
+            say(f"  {label}: {_few(names)}")
+    return result
+
+
+def _name(path: Any) -> str:
+    """`stem/conv1/kernel`; the leading index of (params, extra) is left out."""
+    return jax.tree_util.keystr(path[1:], simple=True, separator="/")
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
