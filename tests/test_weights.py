@@ -96,10 +96,15 @@ def test_no_weights_and_damaged_weights_are_refused(first, tmp_path):
     weights.save(folder, {"a": jnp.ones(500)}, {}, {"file": "x"})
     with pytest.raises(UsageError, match="has checkpoints already"):
         weights.save(folder, {"a": jnp.ones(500)}, {}, {"file": "x"})
-    victim = max(
-        (p for p in (folder / "checkpoints" / "000000000").rglob("*") if p.is_file()),
-        key=lambda p: p.stat().st_size,
-    )
-    victim.write_bytes(victim.read_bytes()[:-5])
+    checkpoint = folder / "checkpoints" / "000000000"
+    files = [p for p in checkpoint.rglob("*") if p.is_file() and p.name != "files.json"]
+    victim = max(files, key=lambda p: p.stat().st_size)
+    content = victim.read_bytes()
+    victim.write_bytes(content[:-5])
     with pytest.raises(UsageError, match=r"can be read: step 0: its file .* bytes instead of"):
+        weights.load(folder)
+    victim.write_bytes(content)
+    assert weights.load(folder)[0]["a"].tolist() == [1.0] * 500
+    (checkpoint / "files.json").write_text("{")
+    with pytest.raises(UsageError, match="its list of files, files.json, is damaged"):
         weights.load(folder)

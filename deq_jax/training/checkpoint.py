@@ -277,7 +277,11 @@ def _check_files(folder: Path) -> None:
     if not manifest.exists():
         return
     found = _files(folder)
-    for name, (size, checksum) in json.loads(manifest.read_text()).items():
+    try:
+        listed = json.loads(manifest.read_text())
+    except ValueError as error:
+        raise ValueError(f"its list of files, {_MANIFEST}, is damaged") from error
+    for name, (size, checksum) in listed.items():
         if name not in found:
             raise ValueError(f"its file {name} is missing")
         if found[name][0] != size:
