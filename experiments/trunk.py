@@ -13,7 +13,15 @@ import deq_jax as deq
 from deq_jax.models.mdeq import MDEQ
 from deq_jax.models.mdeq_cell import MDEQCell, check_cell
 from deq_jax.solvers import Solution
-from deq_jax.training import Config, option, require
+from deq_jax.training import (
+    BackwardConfig,
+    Config,
+    JacConfig,
+    SolverConfig,
+    option,
+    require,
+)
+from deq_jax.training.config import StopMode
 from deq_jax.training.parallel import sharded_fixed_point
 
 
@@ -163,3 +171,45 @@ def forward(
     result, updated = applied if train else (applied, extra)
     output, solution = result if solves else (result, None)
     return output, solution, updated
+
+
+def variants(config: Config, *, compare: bool) -> dict[str, JacConfig]:
+    """Which models a command trains, one after the other.
+
+    Args:
+      config: jac is read.
+      compare: whether a model without a penalty is wanted beside the configured one.
+
+    Returns:
+      Name of the model's folder -> its penalty: "no_jr" and "jr", or "model" alone.
+
+    Example:
+      >>> list(variants(Config(), compare=False))
+      ['model']
+    """
+    if not compare:
+        return {"model": config.jac}
+    plain = dataclasses.replace(config.jac, gamma=0.0, increment=0.0, warmup_gamma=0.0)
+    return {"no_jr": plain, "jr": config.jac}
+
+
+def broyden(forward: int, backward: int, stop: StopMode) -> dict[str, Any]:
+    """Broyden's method both ways with the published tolerance, 1e-3.
+
+    Args:
+      forward: evaluations of f in training.
+      backward: products with the Jacobian in training.
+      stop: what the tolerance is for, in both directions.
+
+    Returns:
+      solver and backward, as keyword arguments of a `Config`.
+
+    Example:
+      >>> broyden(18, 20, "rel")["solver"].max_steps
+      18
+    """
+    common: dict[str, Any] = {"name": "broyden", "tol": 1e-3, "stop": stop}
+    return {
+        "solver": SolverConfig(max_steps=forward, **common),
+        "backward": BackwardConfig(max_steps=backward, **common),
+    }

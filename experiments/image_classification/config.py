@@ -33,9 +33,7 @@ class ModelConfig(trunk.TrunkConfig):
         )
         require(self.final >= 1, "final", "at least 1", self.final)
         if self.name != "mdeq":
-            require(
-                self.downsample in (0, 2), "downsample", "0 or 2 for a resnet", self.downsample
-            )
+            require(self.downsample in (0, 2), "downsample", "0 or 2 for a resnet", self.downsample)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

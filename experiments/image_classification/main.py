@@ -17,6 +17,7 @@ import jax
 
 from deq_jax.training import flags, train, workdir
 from deq_jax.training.parallel import make_mesh
+from experiments import trunk
 from experiments.image_classification import report
 from experiments.image_classification.config import ImageConfig
 from experiments.image_classification.data import build_data
@@ -28,10 +29,8 @@ def run(config: ImageConfig) -> dict[str, report.Trained]:
     """Trains "no_jr" and "jr" for a comparison, else "model"; writes the report."""
     train_data, eval_data = build_data(config)  # before anything is written: it may be missing
     folder, mesh, start = workdir.claim(config), make_mesh(), train_data.get_state()
-    plain = dataclasses.replace(config.jac, gamma=0.0, increment=0.0, warmup_gamma=0.0)
-    variants = {"no_jr": plain, "jr": config.jac} if config.compare else {"model": config.jac}
     trained = {}
-    for name, jac in variants.items():
+    for name, jac in trunk.variants(config, compare=config.compare).items():
         part = dataclasses.replace(config, workdir=str(folder / name), jac=jac, compare=False)
         task = ImageTask(part, mesh)
         train_data.set_state(start)

@@ -21,14 +21,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from deq_jax.training import (
-    BackwardConfig,
-    EvalConfig,
-    JacConfig,
-    OptimConfig,
-    SolverConfig,
-    TrainConfig,
-)
+from deq_jax.training import EvalConfig, JacConfig, OptimConfig, TrainConfig
+from deq_jax.training.config import StopMode
+from experiments import trunk
 from experiments.image_classification.config import DataConfig, ImageConfig, ModelConfig
 
 CIFAR_EXAMPLES, IMAGENET_EXAMPLES = 50_000, 1_281_167
@@ -65,26 +60,25 @@ def schedule(
     )
 
 
-def broyden(forward: int, backward: int, stop: str, largest: int) -> dict[str, Any]:
-    """Both solvers and the budgets of evaluation.
+def broyden(forward: int, backward: int, stop: StopMode, largest: int) -> dict[str, Any]:
+    """Both solvers, and evaluation at every budget up to one.
 
     Args:
-      forward: evaluations of f in training.
+      forward: evaluations of f in training, and in the main evaluation.
       backward: products with the Jacobian in training.
       stop: "rel" or "abs", of both residuals.
-      largest: evaluation at every budget up to this one.
+      largest: the last budget.
 
     Returns:
       solver, backward and eval, as keyword arguments of `ImageConfig`.
+
+    Example:
+      >>> broyden(8, 7, "rel", 9)["eval"].budgets
+      (1, 2, 3, 4, 5, 6, 7, 8, 9)
     """
-    common: dict[str, Any] = {"name": "broyden", "tol": 1e-3, "stop": stop}
-    return {
-        "solver": SolverConfig(max_steps=forward, **common),
-        "backward": BackwardConfig(max_steps=backward, **common),
-        "eval": EvalConfig(
-            max_steps=forward, budgets=tuple(range(1, largest + 1)), spectral_batches=1
-        ),
-    }
+    budgets = tuple(range(1, largest + 1))
+    evaluation = EvalConfig(max_steps=forward, budgets=budgets, spectral_batches=1)
+    return {**trunk.broyden(forward, backward, stop), "eval": evaluation}
 
 
 CIFAR = DataConfig(
@@ -134,8 +128,7 @@ DIGITS = ImageConfig(
     model=ModelConfig(channels=(16, 16), expansion=2, head=(8, 16), final=64),
     data=DataConfig(name="digits", size=8, colors=1, augment="shift", shift=1),
     compare=True,
-    solver=SolverConfig(name="broyden", max_steps=8, tol=1e-3),
-    backward=BackwardConfig(name="broyden", max_steps=8, tol=1e-3),
+    **trunk.broyden(8, 8, "rel"),
     jac=JacConfig(gamma=1.0, prob=0.5, probes=1, budget_low=-4, budget_on="all"),
     optim=OptimConfig(name="adam", lr=1e-2, warmup_steps=15, end_lr=1e-5, clip=1.0),
     train=TrainConfig(steps=600, batch_size=96, log_every=50, eval_every=100, checkpoint_every=300),

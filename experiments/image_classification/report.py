@@ -80,8 +80,8 @@ def measure(config: ImageConfig, model: Trained, traces: np.ndarray) -> dict[str
 
     Returns:
       "accuracy" (budget -> share), "converged_accuracy", "top5" (with more than five classes),
-      "images_per_second" and "seconds_per_step" (of training), and for an equilibrium "steps_median"
-      and "steps_90" (evaluations of f within which half and nine tenths of the test images are
+      "images_per_second" and "seconds_per_step" (of training), and for an equilibrium
+      "steps_median" and "steps_90" (evaluations of f within which half and nine tenths of the test images are
       solved; inf: more than the budget), "unconverged" (share), "spectral_radius", "penalty",
       "train_steps" and "backward_steps" (mean number in the last line of training metrics).
     """
@@ -194,7 +194,8 @@ def _explain(config: ImageConfig, compared: bool) -> str:
     budget = f"{most}" if least == most else f"{least} to {most}"
     text = (
         f"\nA step is one evaluation of f; in training the budget was {budget} steps forward and "
-        f"{config.backward.max_steps} backward.\nPenalty: norm(df/dz)_F^2 / number of elements of z."
+        f"{config.backward.max_steps} backward.\n"
+        "Penalty: norm(df/dz)_F^2 / number of elements of z."
     )
     if compared:
         text += "  Both models had the same seed, data and number of updates."
