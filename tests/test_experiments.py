@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import signal
 
 import jax
@@ -10,8 +11,9 @@ import pytest
 
 from deq_jax.training import Interrupted, train
 from deq_jax.training.parallel import make_mesh
-from experiments.image_classification import config as image_config
+from experiments.image_classification import data as image_data
 from experiments.image_classification import main as image_main
+from experiments.image_classification import presets as image_presets
 from experiments.image_classification import task as image_task
 from experiments.toy_regression import config as toy_config
 from experiments.toy_regression import main as toy_main
@@ -36,8 +38,10 @@ def shrink(config, workdir, **parts):
 
 
 def digits(workdir, **parts):
-    preset = image_config.PRESETS["digits"]
-    model = dataclasses.replace(preset.model, channels=8)
+    preset = image_presets.PRESETS["digits"]
+    model = dataclasses.replace(
+        preset.model, channels=(4, 4), groups=2, expansion=1, head=(2, 2), final=8
+    )
     return shrink(preset, workdir, model=model, **parts)
 
 
@@ -80,7 +84,7 @@ def test_digits_trains_both_models_and_reports(tmp_path, capsys, two_devices):
 
 def test_digits_test_set_is_counted_once(tmp_path):
     config = digits(tmp_path)
-    _, passes = image_task.build_data(config)
+    _, passes = image_data.build_data(config)
     assert sum(batch["mask"].sum() for batch in passes()) == 360
 
 
@@ -112,12 +116,16 @@ class StopAfter:
 
 @pytest.mark.parametrize("which", ["digits", "toy"])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, which, two_devices):
-    make, module = {"digits": (digits, image_task), "toy": (toy, toy_task)}[which]
+    make, module = {"digits": (digits, image_data), "toy": (toy, toy_task)}[which]
     mesh = two_devices
 
     def run(folder, interrupt):
         config = make(tmp_path / folder)
         config = dataclasses.replace(config, jac=dataclasses.replace(config.jac, gamma=2.0))
+        if which == "digits":
+            # Two blocks of masks, so that they too must come back the same.
+            model = dataclasses.replace(config.model, dropout=0.2)
+            config = dataclasses.replace(config, model=model)
         kind = image_task.ImageTask if which == "digits" else toy_task.ToyTask
         data, _ = module.build_data(config)
         data = StopAfter(data, 2) if interrupt else data
@@ -131,8 +139,61 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, which, two_devices):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("presets", [image_config.PRESETS, toy_config.PRESETS])
+@pytest.mark.parametrize("presets", [image_presets.PRESETS, toy_config.PRESETS])
 def test_presets_are_valid_and_say_where_they_write(presets):
     for name, config in presets.items():
         assert config.workdir.startswith("runs/"), name
         assert config.build_solver().max_steps >= max(config.eval_budgets)
+
+
+# Name -> parameters in millions and training steps, both from the published settings.
+PUBLISHED = {
+    "cifar10_tiny": (0.17, 50 * 781),
+    "cifar10_large": (10, 220 * 1562),
+    "cifar10_large_jr": (10, 220 * 520),
+    "cifar10_resnet18": (11, 220 * 520),
+    "imagenet_small": (18, 100 * 10_009),
+    "imagenet_small_jr": (18, 100 * 10_009),
+    "imagenet_large_jr": (63, 100 * 10_009),
+    "imagenet_xl": (81, 100 * 10_009),
+    "imagenet_resnet50": (26, 100 * 5004),
+    "imagenet_resnet101": (45, 100 * 5004),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    config = image_presets.PRESETS[name]
+    assert config.workdir == f"runs/{name}"
+    millions, steps = PUBLISHED[name]
+    assert config.train.steps == steps
+    task = image_task.ImageTask(config, make_mesh(jax.devices()[:1]))
+    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    count = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
+    assert count / 1e6 == pytest.approx(millions, rel=0.12)
+
+
+def test_an_explicit_rival_trains_in_the_same_loop(tmp_path, capsys, two_devices):
+    preset = image_presets.PRESETS["cifar10_resnet18"]
+    data = image_presets.PRESETS["digits"].data
+    config = shrink(preset, tmp_path / "run", data=data)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, warmup_steps=0))
+    trained = image_main.run(config)["model"].result
+    table = capsys.readouterr().out
+    assert "| accuracy " in table and "images per second" in table and "step " not in table
+    assert (tmp_path / "run" / "results.png").stat().st_size > 10_000
+    assert all("fwd_steps" not in record for record in trained.history)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_built():
+    preset = image_presets.PRESETS["digits"]
+    with pytest.raises(ValueError, match=r"data.size must be a multiple of 2 .* got \(9, 9\)"):
+        dataclasses.replace(preset, data=dataclasses.replace(preset.data, size=9))
+    with pytest.raises(ValueError, match="head must be one width for each of the 2 branches"):
+        dataclasses.replace(preset.model, head=(2,))
+    with pytest.raises(ValueError, match="jac.gamma must be 0 for resnet18"):
+        dataclasses.replace(
+            preset, compare=False, model=dataclasses.replace(preset.model, name="resnet18")
+        )
+    with pytest.raises(ValueError, match="jac.gamma must be above 0 for --compare"):
+        dataclasses.replace(preset, jac=dataclasses.replace(preset.jac, gamma=0.0))

@@ -110,7 +110,7 @@ def test_every_kind_of_field_is_read(arg, name, value):
         ("--jac.prob=1.5", ["--jac.prob must be in [0, 1], got 1.5"]),
         ("--jac.budget_low=-7", ["--jac.budget_low must be above -solver.max_steps = -7"]),
         ("--optim.schedule=inverse_sqrt", ["--optim.warmup_steps must be at least 1"]),
-        ("--train.steps=-1", ["--train.steps must be at least 1, got -1"]),
+        ("--train.steps=-1", ["--train.steps must be at least 0, got -1"]),
         ("stray", ["'stray'", "--name=value"]),
         ("--train.steps", ["--train.steps"]),
     ],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import training_example as example
 
-from deq_jax.training import UsageError, parallel, train, weights
+from deq_jax.training import Evaluator, UsageError, parallel, train, weights
 
 TINY = example.PRESETS["tiny"]
 
@@ -48,6 +48,20 @@ def test_a_run_starts_from_the_weights_of_another(first, tmp_path, capsys):
     shown = capsys.readouterr().err
     assert f"starting from the weights in {folder}" in shown
     assert "5 of 5 arrays of the model were loaded" in shown
+
+
+def test_no_steps_evaluate_the_weights_of_another_run(first, tmp_path):
+    folder, state = first
+    mesh = parallel.make_mesh(jax.devices()[:1])
+    settings = dataclasses.replace(TINY.train, steps=0)
+    config = dataclasses.replace(
+        TINY, workdir=str(tmp_path / "run"), train=settings, init_from=str(folder)
+    )
+    task, data = example.Regression(config), example.Batches(config.train.batch_size)
+    result = train(task, config, data, example.eval_batches, mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, result.state.params, state.params)
+    direct = Evaluator(task, config, example.eval_batches, mesh=mesh)(state)
+    assert result.evaluation == direct and result.history == []
 
 
 def test_a_resumed_run_keeps_its_own_weights(first, tmp_path, capsys):

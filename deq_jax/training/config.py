@@ -216,7 +216,7 @@ class OptimConfig:
 class TrainConfig:
     """Length and rhythm of the training run."""
 
-    steps: int = option(1000, "training steps in all")
+    steps: int = option(1000, "training steps in all; 0 evaluates only, say --init_from weights")
     batch_size: int = option(64, "examples in a training batch, over all devices")
     seed: int = option(0, "seed of the weights, the masks, the penalty and the data order")
     warmup_steps: int = option(0, "first steps, which train the weight-tied unrolled network")
@@ -227,9 +227,9 @@ class TrainConfig:
     keep: int = option(2, "checkpoints kept, the newest ones", may_change=True)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "warmup_layers", "log_every"):
+        for name in ("batch_size", "warmup_layers", "log_every"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("warmup_steps", "eval_every", "seed"):
+        for name in ("steps", "warmup_steps", "eval_every", "seed"):
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         for name in ("checkpoint_every", "keep"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))

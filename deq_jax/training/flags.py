@@ -69,7 +69,7 @@ def run(main: Callable[[ConfigT], object], presets: Mapping[str, ConfigT], *, de
             absl_logging.set_verbosity(absl_logging.WARNING)  # JAX tells of every absent backend
         try:
             main(config)
-        except UsageError as error:
+        except (UsageError, FileNotFoundError) as error:  # the latter: a data set that is not there
             _fail(str(error))
         except Interrupted as request:
             sys.stderr.write(f"{request}\n")
