@@ -32,7 +32,7 @@ TABLE = {
     "nnx": ({"implicit", "solvers", "masks", "tree"}, {"jax", "flax"}),
     "testing": (CORE, {"jax", "numpy"}),
     "models": (LAYERS, {"jax", "flax", "numpy"}),
-    "data": (set(), {"numpy", "grain", "tensorflow_datasets", "sklearn", "PIL"}),
+    "data": (set(), {"numpy", "grain", "absl", "tensorflow_datasets", "sklearn", "PIL"}),
     "training": (
         CORE,
         {"jax", "flax", "numpy", "optax", "orbax", "absl", "tqdm", "tensorboardX", "matplotlib"},
@@ -104,7 +104,8 @@ def test_absl_is_touched_in_one_place():
         for path in SOURCES
         if any(name.startswith("absl") for name, _ in imports(parse(path)))
     ]
-    assert set(users) <= {"deq_jax.training.flags"} | {
+    # Grain's worker processes want absl's flags parsed.
+    assert set(users) <= {"deq_jax.training.flags", "deq_jax.data.pipeline"} | {
         f"experiments.{task.name}.main" for task in (ROOT / "experiments").iterdir()
     }
 

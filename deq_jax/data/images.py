@@ -18,7 +18,7 @@ class InMemory:
 
     Attributes:
       images: uint8 or float [N, H, W, C].
-      labels: int32 [N].
+      labels: int32 [N], or a class for every pixel, integers [N, H, W].
 
     Example:
       >>> InMemory(np.zeros((3, 8, 8, 1)), np.arange(3, dtype=np.int32))[1]["label"]
@@ -30,10 +30,11 @@ class InMemory:
 
     def __post_init__(self) -> None:
         """Refuses images and labels that do not belong together."""
-        if self.images.ndim != 4 or self.labels.shape != self.images.shape[:1]:
+        images = self.images.shape
+        if len(images) != 4 or self.labels.shape not in (images[:1], images[:3]):
             raise ValueError(
-                f"got images {self.images.shape} and labels {self.labels.shape}; wanted "
-                "[N, H, W, C] and [N]"
+                f"got images {images} and labels {self.labels.shape}; wanted [N, H, W, C] and [N], "
+                "or [N, H, W] for a class of every pixel"
             )
 
     def __len__(self) -> int:
@@ -41,7 +42,7 @@ class InMemory:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Record:
-        """{"image": [H, W, C], "label": int32}."""
+        """{"image": [H, W, C], "label": int32 or [H, W]}."""
         return {"image": self.images[index], "label": self.labels[index]}
 
 
@@ -119,7 +120,18 @@ class Standardize:
         """Image of any dtype [H, W, C] -> float32 [H, W, C]; the label becomes int32."""
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         image = (np.asarray(record["image"], np.float32) - mean) / std
-        return {"image": image, "label": np.int32(record["label"])}
+        return {"image": image, "label": np.asarray(record["label"], np.int32)}
+
+
+def _of_255(mean: tuple[float, ...], std: tuple[float, ...]) -> Standardize:
+    return Standardize(tuple(255 * m for m in mean), tuple(255 * s for s in std))
+
+
+CIFAR = _of_255((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+"""Statistics of CIFAR-10's 8-bit images, as the published settings have them."""
+
+IMAGENET = _of_255((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Statistics of ImageNet's 8-bit images, as the published settings have them."""
 
 
 @dataclasses.dataclass(frozen=True)

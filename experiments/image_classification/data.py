@@ -2,21 +2,106 @@
 
 from __future__ import annotations
 
-from deq_jax.data import images, pipeline
-from deq_jax.training import DataIterator, EvalData
-from experiments.image_classification.config import ImageConfig
+from typing import Any
+
+import jax
+
+from deq_jax.data import augment, images, pipeline, sources
+from deq_jax.training import DataIterator, EvalData, UsageError
+from experiments.image_classification.config import DataConfig, ImageConfig
+
+# Of the size that the model sees: ImageNet is evaluated on the centre of images of 256.
+RESIZE = 256 / 224
 
 
 def build_data(config: ImageConfig) -> tuple[DataIterator, EvalData]:
-    """Temporary."""
-    train, test = images.digits("train"), images.digits("test")
-    standardize = images.Standardize.of(train)
+    """Opens the image set.
+
+    Args:
+      config: model.classes, data and train are read.
+
+    Returns:
+      Endless training batches, and a function that gives one pass over the evaluation set: of both
+      the part of this process.
+
+    Raises:
+      MissingData: the set is not prepared.
+      ValueError: it has no such split.
+      UsageError: its classes or images are not those of the model.
+    """
+    data, processes = config.data, jax.process_count()
+    train, test = (open_set(config, split) for split in (data.train_split, data.eval_split))
+    standardize = {"cifar": images.CIFAR, "imagenet": images.IMAGENET}.get(data.statistics)
+    if standardize is None:
+        standardize = images.Standardize.of(train)
+    for name in ("batch_size", "eval_batch_size"):
+        size = config.train.batch_size if name == "batch_size" else data.eval_batch_size
+        if size % processes:
+            raise UsageError(f"{name} must divide by the {processes} processes, got {size}")
+    shard = jax.process_index(), processes
     batches = pipeline.train_iterator(
         train,
-        batch_size=config.train.batch_size,
+        batch_size=config.train.batch_size // processes,
         seed=config.train.seed,
         transform=standardize,
-        augment=images.RandomShift(config.data.shift) if config.data.shift else None,
+        augment=build_augment(data),
+        shard=shard,
+        workers=data.workers,
     )
-    size = config.data.eval_batch_size
-    return batches, lambda: pipeline.eval_batches(test, batch_size=size, transform=standardize)
+    resized = augment.ResizeCrop(round(RESIZE * data.size), data.size)
+    fixed = augment.Then((resized, standardize)) if data.augment == "resized_crop" else standardize
+    return batches, lambda: pipeline.eval_batches(
+        test,
+        batch_size=data.eval_batch_size // processes,
+        transform=fixed,
+        shard=shard,
+        threads=data.workers,
+    )
+
+
+def open_set(config: ImageConfig, split: str) -> Any:
+    """Opens one split.
+
+    Args:
+      config: model.classes and data are read.
+      split: its name.
+
+    Returns:
+      A source of {"image", "label"}.
+
+    Raises:
+      UsageError: its classes or images are not those of the model.
+    """
+    data, classes = config.data, config.model.classes
+    if data.name == "digits":
+        found, source = 10, images.digits("train" if split == "train" else "test")
+    else:
+        opened = sources.open_tfds(data.name, split, data.dir)
+        found = sources.num_classes(opened)
+        source = sources.Fields(opened, {"image": "image", "label": "label"})
+        source = sources.in_memory(source) if data.in_memory else source
+    if found not in (None, classes):
+        raise UsageError(f"{data.name} has {found} classes; set model.classes, which is {classes}")
+    shape = source[0]["image"].shape
+    if data.augment != "resized_crop" and shape != (data.size, data.size, data.colors):
+        raise UsageError(
+            f"{data.name} has images of {shape}; set data.size and data.colors, which are "
+            f"{data.size} and {data.colors}, or data.augment=resized_crop to resize them"
+        )
+    return source
+
+
+def build_augment(data: DataConfig) -> pipeline.Augment | None:
+    """The random changes of a training image.
+
+    Args:
+      data: augment, shift and size are read.
+
+    Returns:
+      A callable, or None for no change.
+    """
+    if data.augment == "crop_flip":
+        return augment.Chain((augment.PadCrop(data.shift), augment.RandomFlip()))
+    if data.augment == "resized_crop":
+        return augment.Chain((augment.RandomResizedCrop(data.size), augment.RandomFlip()))
+    return images.RandomShift(data.shift) if data.augment == "shift" else None

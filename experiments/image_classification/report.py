@@ -81,7 +81,7 @@ def measure(config: ImageConfig, model: Trained, traces: np.ndarray) -> dict[str
     Returns:
       "accuracy" (budget -> share), "converged_accuracy", "top5" (with more than five classes),
       "images_per_second" and "seconds_per_step" (of training), and for an equilibrium
-      "steps_median" and "steps_90" (evaluations of f within which half and nine tenths of the test images are
+      "steps_median" and "steps_90" (evaluations of f within which half and nine tenths are
       solved; inf: more than the budget), "unconverged" (share), "spectral_radius", "penalty",
       "train_steps" and "backward_steps" (mean number in the last line of training metrics).
     """

@@ -1,0 +1,141 @@
+"""Opening prepared TFDS folders, and holding small sets in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deq_jax.data.images import InMemory
+from deq_jax.data.pipeline import Record, Source
+
+
+class MissingData(FileNotFoundError):
+    """A data set is not where it was looked for; the message says how to prepare it."""
+
+
+def open_tfds(name: str, split: str, data_dir: str = "") -> Any:
+    """Opens a prepared TFDS set in ArrayRecord format, without TensorFlow; nothing is downloaded.
+
+    Args:
+      name: of the set, with a version or configuration if wanted: "cifar10:3.0.2",
+        "cityscapes/semantic_segmentation".
+      split: as TFDS writes it, "train", "test[:1000]".
+      data_dir: folder of TFDS sets; empty for TFDS' own default, ``~/tensorflow_datasets``.
+
+    Returns:
+      A ``tfds`` data source: random access to dicts of numbers, arrays and bytes.
+
+    Raises:
+      MissingData: the set is not there, or not in ArrayRecord format; the message has the command.
+      ValueError: the set has no such split.
+
+    Example:
+      >>> train = open_tfds("cifar10", "train", "~/data")  # doctest: +SKIP
+    """
+    import tensorflow_datasets as tfds
+
+    folder = Path(data_dir or "~/tensorflow_datasets").expanduser()
+    command = f"tfds build {name} --file_format=array_record --data_dir={folder}"
+    how = f"prepare it once, with TensorFlow installed: {command}"
+    try:
+        builder = tfds.builder(name, data_dir=str(folder), try_gcs=False)
+        prepared = builder.is_prepared()
+    except Exception:  # TFDS raises kinds of its own, or a missing package of the set's builder
+        raise MissingData(f"no data set {name} in {folder}; {how}") from None
+    if not prepared:
+        raise MissingData(f"the data set {name} is not prepared in {folder}; {how}")
+    if builder.info.file_format.value != "array_record":
+        raise MissingData(
+            f"the data set {name} in {folder} is stored as {builder.info.file_format.value}, which "
+            f"needs TensorFlow to read; {how}"
+        )
+    known = list(builder.info.splits)
+    for part in re.split(r"\s*\+\s*", split):
+        if part.split("[")[0] not in known:
+            raise ValueError(f"got split {split!r} of {name}; wanted one of {known}, or a slice")
+    return builder.as_data_source(split=split)
+
+
+def num_classes(source: Any) -> int | None:
+    """The number of classes of an opened set.
+
+    Args:
+      source: from `open_tfds`.
+
+    Returns:
+      What the set's description says of "label"; None if it says nothing.
+
+    Example:
+      >>> num_classes([]) is None
+      True
+    """
+    info = getattr(source, "dataset_info", None)
+    if info is None or "label" not in info.features:
+        return None
+    return getattr(info.features["label"], "num_classes", None)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fields:
+    """Some fields of a source, under other names; what a batch cannot hold stays behind.
+
+    Attributes:
+      source: the examples.
+      names: new name -> name there.
+
+    Example:
+      >>> Fields([{"id": b"a", "digit": 3}], {"label": "digit"})[0]
+      {'label': 3}
+    """
+
+    source: Source
+    names: Mapping[str, str]
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Record:
+        """The chosen fields of one example."""
+        record = self.source[index]
+        return {new: record[old] for new, old in self.names.items()}
+
+
+def in_memory(source: Source) -> InMemory:
+    """Decodes a whole set into memory, once.
+
+    Args:
+      source: examples with "image" [H, W, C] of one size, and "label": a number or [H, W].
+
+    Returns:
+      The set, its images in the source's dtype.
+
+    Raises:
+      ValueError: images of different sizes.
+
+    Example:
+      >>> part = [{"image": np.zeros((2, 2, 1), np.uint8), "label": 1}] * 3
+      >>> in_memory(part).images.shape
+      (3, 2, 2, 1)
+    """
+    if len(source) == 0:
+        raise ValueError("got an empty source; wanted at least one example: check the split's name")
+    first = source[0]
+    shape, labels = np.shape(first["image"]), np.shape(first["label"])
+    images = np.empty((len(source), *shape), np.asarray(first["image"]).dtype)
+    kind = np.int32 if labels == () else np.asarray(first["label"]).dtype
+    held = np.empty((len(source), *labels), kind)
+    for i in range(len(source)):
+        record = source[i]
+        if np.shape(record["image"]) != shape:
+            raise ValueError(
+                f"got images of {shape} and of {np.shape(record['image'])}; wanted one size: use "
+                "the set without in_memory, with an augmentation that resizes"
+            )
+        images[i], held[i] = record["image"], record["label"]
+    return InMemory(images, held)
