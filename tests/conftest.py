@@ -6,6 +6,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,3 +24,16 @@ def x64():
     """Runs a test in float64."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module")
+def compilation_cache(tmp_path_factory):
+    """Programs that a module's tests compile again and again are kept on disk, for all workers."""
+    folder = tmp_path_factory.getbasetemp().parent / "compilation_cache"
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_compilation_cache_dir", None)
+    reset_cache()

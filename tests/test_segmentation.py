@@ -1,15 +1,30 @@
 """Segmentation: loss and measures against numpy, and the experiment from records to its picture."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax.training import EvalConfig
-from experiments.segmentation import task
+from deq_jax.training import (
+    BackwardConfig,
+    EvalConfig,
+    JacConfig,
+    Mean,
+    SolverConfig,
+    UsageError,
+    evaluate,
+    train,
+)
+from deq_jax.training.parallel import make_mesh
+from experiments.segmentation import data as seg_data
+from experiments.segmentation import main as seg_main
+from experiments.segmentation import report, task
 from experiments.segmentation.presets import PRESETS
+from experiments.trunk import check_size
 
 
 @pytest.fixture
@@ -70,31 +85,211 @@ def test_confusion_matrix_and_iou_match_numpy(pixels):
         assert value == hit / (counted & ((labels == c) | (guess == c))).sum()
 
 
-def tiny(folder, **parts):
-    """camvid_small, as small as a multiscale DEQ can be."""
+def tiny(folder):
+    """camvid_small with what compiles fastest: one branch, plain iteration, no penalty."""
     preset = PRESETS["camvid_small"]
     model = dataclasses.replace(
-        preset.model, channels=(4, 4), groups=2, expansion=1, downsample=1, dropout=0.0
+        preset.model, channels=(8,), groups=2, expansion=1, downsample=1, dropout=0.0
+    )
+    steps = dataclasses.replace(
+        preset.train,
+        steps=4,
+        batch_size=2,
+        warmup_steps=0,
+        log_every=3,  # so that the checkpoint of step 2 holds a confusion matrix
+        eval_every=0,
+        checkpoint_every=2,
     )
     return dataclasses.replace(
         preset,
         workdir=str(folder),
         model=model,
         data=dataclasses.replace(preset.data, crop=(16, 32), eval_batch_size=2),
-        train=dataclasses.replace(
-            preset.train,
-            steps=4,
-            batch_size=2,
-            warmup_steps=1,
-            warmup_layers=1,
-            log_every=1,
-            eval_every=0,
-            checkpoint_every=2,
-        ),
-        solver=dataclasses.replace(preset.solver, max_steps=3),
-        backward=dataclasses.replace(preset.backward, max_steps=3),
-        eval=EvalConfig(max_steps=3, budgets=(2,), spectral_batches=1, spectral_iters=5),
-        jac=dataclasses.replace(preset.jac, budget_low=0, budget_high=0, gamma=1.0, prob=1.0),
+        train=steps,
+        solver=SolverConfig(name="picard", max_steps=3),
+        backward=BackwardConfig(rule="unroll", name="picard", max_steps=1),
+        eval=EvalConfig(max_steps=3, budgets=(2,)),
+        jac=JacConfig(),
         drawn=2,
-        **parts,
     )
+
+
+class Scenes:
+    """Records as a TFDS source gives them: a label is the colour of a block, some are ignored."""
+
+    def __init__(self, count):
+        rng = np.random.default_rng(count)
+        blocks = rng.integers(0, 12, size=(count, 4, 8))
+        self.labels = blocks.repeat(8, 1).repeat(8, 2)[..., None].astype(np.uint8)  # 32 x 64
+        noise = rng.integers(0, 20, size=(count, 32, 64, 3))
+        self.images = (self.labels * 20 + noise).astype(np.uint8)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        name = f"frame {index}".encode()
+        return {
+            "image": self.images[index],
+            "segmentation_label": self.labels[index],
+            "image_id": name,
+        }
+
+
+@pytest.fixture
+def scenes(monkeypatch):
+    def open_tfds(name, split, data_dir):
+        assert (name, data_dir) == ("camvid", "")
+        return Scenes({"train": 6, "test": 5}[split])
+
+    monkeypatch.setattr(seg_data.sources, "open_tfds", open_tfds)
+    mesh = make_mesh(jax.devices()[:2])
+    monkeypatch.setattr(seg_main, "make_mesh", lambda: mesh)
+    return mesh
+
+
+def test_it_trains_reports_and_resumes(tmp_path, capsys, scenes):
+    config = tiny(tmp_path / "run")
+    trained = seg_main.run(config)["model"]
+    table = capsys.readouterr().out
+    names = seg_data.CLASSES["camvid"].names
+    for row in (
+        "mIoU at 2 steps",
+        "mIoU at 3 steps",
+        "pixel accuracy",
+        "spectral radius",
+        "images",
+    ):
+        assert f"| {row}" in table
+    assert all(f"| IoU {name}" in table for name in names)
+    numbers = json.loads((tmp_path / "run" / "results.json").read_text())["model"]
+    main = trained.result.evaluation[3]
+    assert numbers["miou"]["3"] == main["miou"] == np.mean([main[f"iou/{n}"] for n in names])
+    assert (tmp_path / "run" / "predictions.png").stat().st_size > 10_000
+    kinds = [record["kind"] for record in trained.result.history]
+    assert kinds.count("train") == 2 and all("miou" in r for r in trained.result.history)
+    _check_evaluation_over_devices(config, trained)
+    _check_resuming(config, trained, scenes)
+
+
+def _check_evaluation_over_devices(config, trained):
+    """5 images: on 2 devices in batches of 2, the last one padded; on one device 3 and 2 + 1."""
+    data = dataclasses.replace(config.data, eval_batch_size=3)
+    alone = dataclasses.replace(
+        config, data=data, eval=dataclasses.replace(config.eval, budgets=(), spectral_batches=0)
+    )
+    mesh = make_mesh(jax.devices()[:1])
+    sets = seg_data.build_data(alone)
+    seen = task.SegmentationTask(alone, mesh, names=sets.classes.names, weights=sets.weights)
+    state = jax.device_put(trained.result.state, mesh.devices[0])
+    again = evaluate(seen, alone, state, sets.eval, mesh=mesh, summarize=seen.summarize)[3]
+    before = trained.result.evaluation[3]
+    for name, value in again.items():
+        assert value == pytest.approx(before[name], rel=1e-4), name
+
+
+def _check_resuming(config, trained, mesh):
+    """From the checkpoint of step 2: the same bits, without what follows it."""
+    part = dataclasses.replace(config, workdir=config.workdir + "/model")
+    shutil.rmtree(f"{part.workdir}/checkpoints/{4:09d}")
+    sets = seg_data.build_data(part)
+    result = train(trained.task, part, sets.train, mesh=mesh, summarize=trained.task.summarize)
+    first, second = (jax.tree.leaves(s) for s in (trained.result.state, result.state))
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(trained.result.history, result.history, strict=False):
+        assert a["loss"] == b["loss"] and a["miou"] == b["miou"]
+
+
+def test_evaluation_is_of_whole_images_counted_once(tmp_path, scenes):
+    sets = seg_data.build_data(tiny(tmp_path))
+    batches = list(sets.eval())
+    assert [batch["mask"].tolist() for batch in batches] == [[1, 1], [1, 1], [1, 0]]
+    assert batches[0]["image"].shape == (2, 32, 64, 3)
+    raw = Scenes(5).labels[:2, ..., 0]
+    np.testing.assert_array_equal(batches[0]["label"], np.where(raw == 11, 255, raw))
+    np.testing.assert_array_equal(seg_data.picture(batches[0]["image"]), Scenes(5).images[:2])
+
+
+def test_loss_of_a_summary_is_over_all_pixels_at_once():
+    config = tiny("runs/unused")
+    names = [f"class {i}" for i in range(11)]
+    seen = task.SegmentationTask(config, make_mesh(), names=names, weights=np.ones(11))
+    matrix = np.zeros((11, 11))
+    matrix[:2, :2] = [[3, 1], [0, 4]]
+    values = seen.summarize(
+        {
+            "loss": Mean(9.0, 2.0),  # a mean of means
+            "fwd_steps": Mean(8.0, 2.0),
+            "nll": Mean(6.0, 8.0),
+            "weight": Mean(12.0, 8.0),
+            "confusion": Mean(matrix, 8.0),
+        }
+    )
+    assert values == {
+        "loss": 0.5,
+        "fwd_steps": 4.0,
+        "miou": (3 / 4 + 4 / 5) / 2,
+        "accuracy": 7 / 8,
+        "iou/class 0": 3 / 4,
+        "iou/class 1": 4 / 5,
+    }
+
+
+def test_the_pictures_are_of_different_images_and_the_right_colours(scenes, tmp_path):
+    config = tiny(tmp_path)
+    chosen = report.pick(config, seg_data.build_data(config).eval)
+    np.testing.assert_array_equal(seg_data.picture(chosen["image"]), Scenes(5).images[[0, 2]])
+    palette = seg_data.CLASSES["camvid"].palette
+    painted = report.paint(np.asarray([[[3, 255]]]), palette)
+    np.testing.assert_array_equal(painted[0, 0], [palette[3], report.IGNORED])
+
+
+def test_missing_data_says_the_command(tmp_path):
+    config = tiny(tmp_path / "run")
+    away = dataclasses.replace(config.data, dir=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=f"tfds build camvid .*{tmp_path}"):
+        seg_main.run(dataclasses.replace(config, data=away))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_does_not_fit_is_refused_in_words(scenes, tmp_path):
+    config = tiny(tmp_path)
+    deep = dataclasses.replace(config.model, channels=(4,) * 6)
+    wide = dataclasses.replace(config.data, crop=(64, 64))
+    with pytest.raises(UsageError, match=r"camvid at full size: .*multiple of 64"):
+        seg_data.build_data(dataclasses.replace(config, model=deep, data=wide))
+    with pytest.raises(UsageError, match="has 11 classes; set model.classes"):
+        many = dataclasses.replace(config.model, classes=19)
+        seg_data.build_data(dataclasses.replace(config, model=many))
+    with pytest.raises(UsageError, match="class_weights to frequency or none"):
+        published = dataclasses.replace(config.data, class_weights="published")
+        seg_data.build_data(dataclasses.replace(config, data=published))
+    with pytest.raises(ValueError, match="multiple of 2"):
+        dataclasses.replace(config, data=dataclasses.replace(config.data, crop=(16, 31)))
+    with pytest.raises(ValueError, match="scale_high must be at least scale_low"):
+        dataclasses.replace(config.data, scale_high=0.1)
+
+
+def test_presets_are_what_was_published():
+    published = {  # channels, steps, images, crop, dropout, weight decay
+        "cityscapes_small": ((32, 64, 128, 256), 500 * 247, 12, (512, 1024), 0.05, 2e-4),
+        "cityscapes_large": ((80, 160, 320, 640), 500 * 247, 12, (512, 1024), 0.03, 3e-4),
+        "cityscapes_xl": ((88, 176, 352, 704), 500 * 371, 8, (768, 1024), 0.04, 3e-4),
+    }
+    assert set(PRESETS) == {*published, "camvid_small"}
+    for name, config in PRESETS.items():
+        assert config.workdir == f"runs/{name}"
+        assert len(seg_data.CLASSES[config.data.name].names) == config.model.classes
+        if name in published:
+            found = (
+                config.model.channels,
+                config.train.steps,
+                config.train.batch_size,
+                config.data.crop,
+                config.model.dropout,
+                config.optim.weight_decay,
+            )
+            assert found == published[name], name
+            check_size(config.model, 1024, 2048)
+            assert config.model.momentum == 0.01 and config.data.class_weights == "published"

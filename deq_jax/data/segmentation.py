@@ -140,8 +140,8 @@ def class_weights(source: Source, classes: int) -> np.ndarray:
 
     Example:
       >>> labels = np.array([[0, 0, 0, 1, IGNORE]])
-      >>> class_weights([{"label": labels}], 2).round(2).tolist()
-      [0.59, 1.41]
+      >>> print(class_weights([{"label": labels}], 2).round(2))
+      [0.59 1.41]
 
     Reference: Paszke et al., ENet, arXiv 1606.02147, section 5.2.
     """
