@@ -127,7 +127,9 @@ def init(model: nn.Module, key: jax.Array, sample: jax.Array) -> tuple[Any, Any]
     Returns:
       (params, extra).
     """
-    variables: Any = model.init(key, sample, train=False)
+    # The weights do not depend on the solve, which would only have to be compiled.
+    unsolved: Any = {"max_steps": 0} if isinstance(model, MDEQ) else {}
+    variables: Any = model.init(key, sample, train=False, **unsolved)
     params = variables["params"]
     return params, {name: tree for name, tree in variables.items() if name != "params"}
 

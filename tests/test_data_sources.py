@@ -1,6 +1,7 @@
 """Image sets on disk and in memory: opening, changes of size and place, labels of pixels."""
 
 import io
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -251,6 +252,36 @@ def test_evaluation_counts_every_example_once_over_all_processes(count):
     assert {b["x"].shape for batches in passes for b in batches} == {(3,)}
 
 
+class Counting(list):
+    """A source that says how it is read."""
+
+    calls = 0
+
+    def __getitems__(self, indices):
+        self.calls += 1
+        return [self[i] for i in indices]
+
+
+def test_a_source_that_reads_many_examples_at_once_is_let():
+    source = Counting(NUMBERS)
+    given = next(pipeline.train_iterator(source, batch_size=4, seed=3))["x"]
+    one_by_one = next(pipeline.train_iterator(NUMBERS, batch_size=4, seed=3))["x"]
+    np.testing.assert_array_equal(given, one_by_one)
+    assert source.calls >= 1
+    part = Counting([{"image": picture(i), "label": i} for i in range(600)])
+    assert sources.in_memory(part).labels.tolist() == list(range(600)) and part.calls == 3
+
+
+def test_batches_hold_numbers_of_one_shape():
+    images_of_two_sizes = [{"image": picture(0)}, {"image": picture(0, (4, 4))}]
+    with pytest.raises(ValueError, match=r"'image' of \(4, 4, 3\) and of \(8, 8, 3\)"):
+        next(pipeline.eval_batches(images_of_two_sizes, batch_size=2))
+    with pytest.raises(ValueError, match="'id' of type .* leave it out"):
+        next(pipeline.train_iterator([{"id": b"a"}], batch_size=2, seed=0))
+    with pytest.raises(ValueError, match="image of 1 channels; wanted 3"):
+        images.CIFAR({"image": picture(0)[..., :1], "label": 0})
+
+
 def test_shards_that_do_not_exist_are_refused():
     for shard in ((2, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match="wanted \\(p, n\\)"):
@@ -286,6 +317,14 @@ def test_workers_change_nothing(prepared):
     later = make(0)
     later.set_state(crowd.get_state())
     np.testing.assert_array_equal(next(later)["image"], wanted[3]["image"])
+    # A scheduler ends a run by a signal to all its processes: there are batches until it has saved.
+    started = multiprocessing.active_children()
+    for worker in started:
+        worker.terminate()
+    for batch in wanted[3:]:
+        np.testing.assert_array_equal(next(crowd)["image"], batch["image"])
+    crowd.close()
+    assert len(started) == 2 and not multiprocessing.active_children()
 
 
 @needs_shared

@@ -105,7 +105,7 @@ def test_absl_is_touched_in_one_place():
         if any(name.startswith("absl") for name, _ in imports(parse(path)))
     ]
     # Grain's worker processes want absl's flags parsed.
-    assert set(users) <= {"deq_jax.training.flags", "deq_jax.data.pipeline"} | {
+    assert set(users) <= {"deq_jax.training.flags", "deq_jax.data.prefetch"} | {
         f"experiments.{task.name}.main" for task in (ROOT / "experiments").iterdir()
     }
 

@@ -6,11 +6,15 @@ arrays: an in-memory set such as `deq_jax.data.images.digits`, or a ``tfds.data_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
+
+from deq_jax.data.prefetch import Batches, prefetched
 
 Record = Mapping[str, Any]
 """One example: name -> number or numpy array."""
@@ -23,7 +27,11 @@ Augment = Callable[[Record, np.random.Generator], Record]
 
 
 class Source(Protocol):
-    """Random access to the examples of a set."""
+    """Random access to the examples of a set.
+
+    One that reads many examples faster than one by one may have ``__getitems__(list of places)``,
+    as ``tfds.data_source`` has.
+    """
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -34,21 +42,42 @@ class Source(Protocol):
         ...
 
 
+def fetch(source: Source, indices: Sequence[int]) -> Sequence[Record]:
+    """Reads several examples, at once where the source can.
+
+    Args:
+      source: the examples.
+      indices: places in it.
+
+    Returns:
+      The records, in the order of the indices.
+
+    Example:
+      >>> fetch([{"x": 0}, {"x": 1}, {"x": 2}], [2, 0])
+      [{'x': 2}, {'x': 0}]
+    """
+    many = getattr(source, "__getitems__", None)
+    return [source[i] for i in indices] if many is None else many(list(indices))
+
+
 class TrainIterator:
     """An endless iterator of batches; its position is the number of batches it has given.
 
     Any position is reached at once, and is the same with any number of worker processes.
     """
 
-    def __init__(self, batches: Any, workers: int) -> None:
+    def __init__(self, batches: Batches, workers: int) -> None:
         """Starts at the first batch.
 
         Args:
-          batches: a grain `MapDataset` of batches.
+          batches: random access to the batches.
           workers: processes that make batches; 0 for one thread of this one.
         """
         self._batches, self._workers = batches, workers
-        self._position, self._running = 0, None
+        self._position = 0
+        self._running: list[Any] = []  # grain's iterator, once it is wanted
+        # Also run at the end of the program, while the modules that closing needs are still there.
+        weakref.finalize(self, _end, self._running)
 
     def __iter__(self) -> TrainIterator:
         """The iterator itself."""
@@ -56,9 +85,10 @@ class TrainIterator:
 
     def __next__(self) -> dict[str, np.ndarray]:
         """The next batch: name -> array ``[batch_size, ...]``."""
-        if self._running is None:
-            self._running = self._start()
-        batch = next(self._running)
+        if not self._running:
+            rest = range(self._position, sys.maxsize)
+            self._running.append(prefetched(self._batches, rest, self._workers))
+        batch = next(self._running[0])
         self._position += 1
         return batch
 
@@ -72,23 +102,12 @@ class TrainIterator:
         Args:
           state: from `get_state`.
         """
-        self._position, self._running = int(state["batches"]), None
+        self.close()
+        self._position = int(state["batches"])
 
-    def _start(self) -> Iterator[dict[str, np.ndarray]]:
-        import grain
-
-        rest = self._batches[self._position :]
-        # One thread, a few batches ahead: small sets live in memory, and the cores belong to the
-        # solver.  Decoding goes to other processes.
-        data = rest.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
-        if self._workers:
-            from absl import flags
-
-            # Grain reads flags of its own, which outside of an absl program nobody has parsed.
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()
-            data = data.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
-        return iter(data)
+    def close(self) -> None:
+        """Ends the thread or the worker processes; the next batch starts them again."""
+        _end(self._running)
 
 
 def train_iterator(
@@ -115,7 +134,8 @@ def train_iterator(
       transform: applied to every example, after the augmentation.
       augment: called with the example and a generator of its own.
       shard: (p, n), number of this process and of all processes.
-      workers: processes that read, augment and transform; 0 for a thread of this one.
+      workers: processes that read, augment and transform; 0 for a thread of this one.  They import
+        the main module again: its work must stand under ``if __name__ == "__main__"``.
 
     Returns:
       ``next(it)`` gives name -> array ``[batch_size, ...]``, among them "mask", float32 ones;
@@ -130,22 +150,11 @@ def train_iterator(
       >>> sorted(next(it)["x"].tolist())
       [0.0, 1.0, 4.0, 9.0, 16.0]
     """
-    import grain
-
     _check(source, batch_size, shard)
     if workers < 0:
         raise ValueError(f"got workers={workers}; wanted at least 0")
-    records: Any = source  # grain's own protocol differs in the name of an argument only
-    data = grain.MapDataset.source(records).seed(seed).shuffle()
-    if augment is not None:
-        data = data.random_map(augment)
-    if transform is not None:
-        data = data.map(transform)
-    data = data.map(_with_mask).repeat()
-    number, count = shard
-    if count > 1:
-        data = data[number::count]
-    return TrainIterator(data.batch(batch_size), workers)
+    batches = _TrainBatches(source, batch_size, seed, augment, transform, shard)
+    return TrainIterator(batches, workers)
 
 
 def eval_batches(
@@ -184,22 +193,94 @@ def eval_batches(
     number, count = shard
     own = range(number, len(source), count)
 
-    def fetch(index: int) -> Record:
+    def read(index: int) -> Record:
         record = source[index]
         return record if transform is None else transform(record)
 
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         for start in range(0, -(-len(source) // count), batch_size):
             chosen = own[start : start + batch_size]
-            records = list(pool.map(fetch, chosen)) if threads else [fetch(i) for i in chosen]
+            records = list(pool.map(read, chosen)) if threads else [read(i) for i in chosen]
             mask = (np.arange(batch_size) < len(records)).astype(np.float32)
-            filler = records[0] if records else fetch(0)
+            filler = records[0] if records else read(0)
             records += [filler] * (batch_size - len(records))
-            yield {k: np.stack([r[k] for r in records]) for k in records[0]} | {"mask": mask}
+            yield _stack(records) | {"mask": mask}
 
 
-def _with_mask(record: Record) -> dict[str, Any]:
-    return {**record, "mask": np.float32(1)}
+def _end(running: list[Any]) -> None:
+    while running:
+        running.pop().close()
+
+
+class _TrainBatches:
+    """Random access to the endless batches of one process.
+
+    All of a batch is made in one call: grain's own chain of shuffle, random_map, map and batch
+    gives the same arrays, but its bookkeeping for every example takes longer than cropping one.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        seed: int,
+        augment: Augment | None,
+        transform: Transform | None,
+        shard: tuple[int, int],
+    ) -> None:
+        import grain
+
+        self._source, self._batch_size, self._shard = source, batch_size, shard
+        self._augment, self._transform = augment, transform
+        # Place in the endless stream of epochs -> place in the source.
+        self._order: Any = grain.MapDataset.range(len(source)).seed(seed).shuffle()
+        # Of its own, so that augmentation and order do not share their chance.
+        self._key = np.random.SeedSequence((seed, 2)).generate_state(1, np.uint32)[0]
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        number, count = self._shard
+        start = index * self._batch_size * count + number
+        places = range(start, start + self._batch_size * count, count)
+        records = fetch(self._source, [self._order[place] for place in places])
+        if self._augment is not None:
+            pairs = zip(records, _generators(self._key, places), strict=True)
+            records = [self._augment(record, rng) for record, rng in pairs]
+        if self._transform is not None:
+            records = [self._transform(record) for record in records]
+        return _stack(records) | {"mask": np.ones(len(records), np.float32)}
+
+
+def _generators(key: np.uint32, places: range) -> Iterator[np.random.Generator]:
+    """A generator for each place of the stream, valid until the next one is asked for.
+
+    Philox is a function of a key and a counter: each place has a counter of its own.
+    """
+    bits = np.random.Philox(key)
+    rng, state = np.random.Generator(bits), bits.state
+    for place in places:
+        state["state"]["counter"][3] = place
+        bits.state = state
+        yield rng
+
+
+def _stack(records: Sequence[Record]) -> dict[str, np.ndarray]:
+    """Name -> array with a batch axis."""
+    batch = {}
+    for name in records[0]:
+        values = [np.asarray(record[name]) for record in records]
+        shapes = sorted({value.shape for value in values})
+        if len(shapes) > 1:
+            raise ValueError(
+                f"got {name!r} of {shapes[0]} and of {shapes[-1]} in one batch; wanted one shape: "
+                "crop or resize in augment or transform"
+            )
+        if values[0].dtype.kind not in "biuf":
+            raise ValueError(
+                f"got {name!r} of type {values[0].dtype} in a batch; wanted numbers: leave it out "
+                "with sources.Fields"
+            )
+        batch[name] = np.stack(values)
+    return batch
 
 
 def _check(source: Source, batch_size: int, shard: tuple[int, int]) -> None:

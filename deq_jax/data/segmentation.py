@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
 from deq_jax.data.augment import resize
-from deq_jax.data.pipeline import Record, Source
+from deq_jax.data.pipeline import Record, Source, fetch
 
 IGNORE = 255
 """Label of a pixel that counts for nothing."""
@@ -118,10 +119,16 @@ class Labelled:
 
     def __getitem__(self, index: int) -> Record:
         """One example, its label uint8 [H, W] with `IGNORE` where no class is."""
-        record = self.source[index]
-        label = np.asarray(record["label"])
-        label = label[..., 0] if label.ndim == 3 else label
-        return {"image": record["image"], "label": self.classes.table()[label]}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Record]:
+        """Several examples, likewise."""
+        table, records = self.classes.table(), []
+        for record in fetch(self.source, indices):
+            label = np.asarray(record["label"])
+            label = label[..., 0] if label.ndim == 3 else label
+            records.append({"image": record["image"], "label": table[label]})
+        return records
 
 
 def class_weights(source: Source, classes: int) -> np.ndarray:

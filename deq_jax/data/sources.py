@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from deq_jax.data.images import InMemory
-from deq_jax.data.pipeline import Record, Source
+from deq_jax.data.pipeline import Record, Source, fetch
+
+CHUNK = 256
+"""Examples read at once: one call for each record would take most of the time of decoding."""
 
 
 class MissingData(FileNotFoundError):
@@ -25,7 +29,8 @@ def open_tfds(name: str, split: str, data_dir: str = "") -> Any:
       name: of the set, with a version or configuration if wanted: "cifar10:3.0.2",
         "cityscapes/semantic_segmentation".
       split: as TFDS writes it, "train", "test[:1000]".
-      data_dir: folder of TFDS sets; empty for TFDS' own default, ``~/tensorflow_datasets``.
+      data_dir: folder of TFDS sets; empty for TFDS' own default,
+        ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
 
     Returns:
       A ``tfds`` data source: random access to dicts of numbers, arrays and bytes.
@@ -39,11 +44,12 @@ def open_tfds(name: str, split: str, data_dir: str = "") -> Any:
     """
     import tensorflow_datasets as tfds
 
-    folder = Path(data_dir or "~/tensorflow_datasets").expanduser()
+    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    folder = Path(data_dir or default).expanduser()
     command = f"tfds build {name} --file_format=array_record --data_dir={folder}"
     how = f"prepare it once, with TensorFlow installed: {command}"
     try:
-        builder = tfds.builder(name, data_dir=str(folder), try_gcs=False)
+        builder: Any = tfds.builder(name, data_dir=str(folder), try_gcs=False)
         prepared = builder.is_prepared()
     except Exception:  # TFDS raises kinds of its own, or a missing package of the set's builder
         raise MissingData(f"no data set {name} in {folder}; {how}") from None
@@ -102,8 +108,12 @@ class Fields:
 
     def __getitem__(self, index: int) -> Record:
         """The chosen fields of one example."""
-        record = self.source[index]
-        return {new: record[old] for new, old in self.names.items()}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Record]:
+        """The chosen fields of several examples."""
+        names = self.names.items()
+        return [{new: r[old] for new, old in names} for r in fetch(self.source, indices)]
 
 
 def in_memory(source: Source) -> InMemory:
@@ -130,12 +140,13 @@ def in_memory(source: Source) -> InMemory:
     images = np.empty((len(source), *shape), np.asarray(first["image"]).dtype)
     kind = np.int32 if labels == () else np.asarray(first["label"]).dtype
     held = np.empty((len(source), *labels), kind)
-    for i in range(len(source)):
-        record = source[i]
-        if np.shape(record["image"]) != shape:
-            raise ValueError(
-                f"got images of {shape} and of {np.shape(record['image'])}; wanted one size: use "
-                "the set without in_memory, with an augmentation that resizes"
-            )
-        images[i], held[i] = record["image"], record["label"]
+    for start in range(0, len(source), CHUNK):
+        places = range(start, min(start + CHUNK, len(source)))
+        for i, record in zip(places, fetch(source, places), strict=True):
+            if np.shape(record["image"]) != shape:
+                raise ValueError(
+                    f"got images of {shape} and of {np.shape(record['image'])}; wanted one size: "
+                    "use the set without in_memory, with an augmentation that resizes"
+                )
+            images[i], held[i] = record["image"], record["label"]
     return InMemory(images, held)
