@@ -1,6 +1,7 @@
 """Segmentation: loss and measures against numpy, and the experiment from records to its picture."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -20,11 +21,15 @@ from deq_jax.training import (
     train,
 )
 from deq_jax.training.parallel import make_mesh
+from experiments.image_classification.presets import PRESETS as IMAGE_PRESETS
+from experiments.image_classification.task import ImageTask
 from experiments.segmentation import data as seg_data
 from experiments.segmentation import main as seg_main
 from experiments.segmentation import report, task
 from experiments.segmentation.presets import PRESETS
 from experiments.trunk import check_size
+
+pixel_loss = jax.jit(task.pixel_loss)
 
 
 @pytest.fixture
@@ -40,7 +45,7 @@ def pixels():
 
 def test_loss_is_the_weighted_mean_over_labelled_pixels(pixels):
     scores, labels, mask, weights = pixels
-    loss, sums = task.pixel_loss(scores, labels, mask, jnp.asarray(weights))
+    loss, sums = pixel_loss(scores, labels, mask, jnp.asarray(weights))
     total = weight = count = 0.0
     for b, i, j in np.ndindex(labels.shape):
         y = labels[b, i, j]
@@ -55,8 +60,8 @@ def test_loss_is_the_weighted_mean_over_labelled_pixels(pixels):
 def test_padding_changes_nothing_whatever_it_holds(pixels):
     scores, labels, mask, weights = pixels
     scores[2] = np.inf
-    padded = task.pixel_loss(scores, labels, mask, jnp.asarray(weights))
-    alone = task.pixel_loss(scores[:2], labels[:2], mask[:2], jnp.asarray(weights))
+    padded = pixel_loss(scores, labels, mask, jnp.asarray(weights))
+    alone = pixel_loss(scores[:2], labels[:2], mask[:2], jnp.asarray(weights))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), padded, alone)
 
 
@@ -65,7 +70,7 @@ def test_a_batch_without_a_label_costs_nothing(pixels):
     nothing = np.full_like(labels, 255)
 
     def loss(scores):
-        return task.pixel_loss(scores, nothing, mask, jnp.asarray(weights))[0]
+        return pixel_loss(scores, nothing, mask, jnp.asarray(weights))[0]
 
     value, gradient = jax.value_and_grad(loss)(jnp.asarray(scores))
     assert value == 0 and not gradient.any()
@@ -73,7 +78,7 @@ def test_a_batch_without_a_label_costs_nothing(pixels):
 
 def test_confusion_matrix_and_iou_match_numpy(pixels):
     scores, labels, mask, weights = pixels
-    _, sums = task.pixel_loss(scores, labels, mask, jnp.asarray(weights))
+    _, sums = pixel_loss(scores, labels, mask, jnp.asarray(weights))
     guess = scores.argmax(-1)
     counted = (labels != 255) & (mask[:, None, None] > 0)
     expected = np.asarray(
@@ -148,6 +153,7 @@ def scenes(monkeypatch):
     return mesh
 
 
+@pytest.mark.slow
 def test_it_trains_reports_and_resumes(tmp_path, capsys, scenes):
     config = tiny(tmp_path / "run")
     trained = seg_main.run(config)["model"]
@@ -208,7 +214,6 @@ def test_evaluation_is_of_whole_images_counted_once(tmp_path, scenes):
     assert batches[0]["image"].shape == (2, 32, 64, 3)
     raw = Scenes(5).labels[:2, ..., 0]
     np.testing.assert_array_equal(batches[0]["label"], np.where(raw == 11, 255, raw))
-    np.testing.assert_array_equal(seg_data.picture(batches[0]["image"]), Scenes(5).images[:2])
 
 
 def test_loss_of_a_summary_is_over_all_pixels_at_once():
@@ -238,11 +243,12 @@ def test_loss_of_a_summary_is_over_all_pixels_at_once():
 
 def test_the_pictures_are_of_different_images_and_the_right_colours(scenes, tmp_path):
     config = tiny(tmp_path)
-    chosen = report.pick(config, seg_data.build_data(config).eval)
-    np.testing.assert_array_equal(seg_data.picture(chosen["image"]), Scenes(5).images[[0, 2]])
+    chosen = report.pick(config, seg_data.build_data(config).source)
+    for record, index in zip(chosen, (0, 2), strict=True):
+        np.testing.assert_array_equal(record["image"], Scenes(5).images[index])
     palette = seg_data.CLASSES["camvid"].palette
-    painted = report.paint(np.asarray([[[3, 255]]]), palette)
-    np.testing.assert_array_equal(painted[0, 0], [palette[3], report.IGNORED])
+    painted = report.paint(np.asarray([3, 255]), palette)
+    np.testing.assert_array_equal(painted, [palette[3], report.IGNORED])
 
 
 def test_missing_data_says_the_command(tmp_path):
@@ -293,3 +299,51 @@ def test_presets_are_what_was_published():
             assert found == published[name], name
             check_size(config.model, 1024, 2048)
             assert config.model.momentum == 0.01 and config.data.class_weights == "published"
+
+
+@pytest.mark.parametrize("name", ["cityscapes_xl", "camvid_small"])
+def test_presets_trace_at_their_own_sizes(name):
+    """Shapes only: a training pass of the warm-up on crops, and an evaluation of whole frames."""
+    config = PRESETS[name]
+    count = config.model.classes
+    labels = [str(i) for i in range(count)]
+    seen = task.SegmentationTask(
+        config, make_mesh(jax.devices()[:1]), names=labels, weights=np.ones(count)
+    )
+    params, extra = jax.eval_shape(seen.init, jax.random.key(0))
+    frame = (192, 256) if config.data.name == "camvid" else (1024, 2048)
+
+    def forward(size, train):
+        batch = {
+            "image": jax.ShapeDtypeStruct((1, *size, 3), np.float32),
+            "label": jax.ShapeDtypeStruct((1, *size), np.int32),
+            "mask": jax.ShapeDtypeStruct((1,), np.float32),
+        }
+        run = functools.partial(
+            seen.forward,
+            key=jax.random.key(0) if train else None,
+            train=train,
+            warmup=train,
+            max_steps=0 if train else config.eval_steps,
+            probe=None,
+        )
+        return jax.eval_shape(run, params, extra, batch)
+
+    for output in (forward(config.data.crop, True), forward(frame, False)):
+        assert output.loss.shape == () and output.loss.dtype == np.float32
+        assert output.sums["confusion"].shape == (count, count)
+        assert output.sums["confusion"].dtype == output.sums["count"].dtype == np.int32
+
+
+@pytest.mark.parametrize("size", ["small", "large", "xl"])
+def test_the_trunk_of_an_imagenet_model_fits(size):
+    """What --init_from takes over: every array of stem and equilibrium, none of the head."""
+    mesh = make_mesh(jax.devices()[:1])
+    theirs = ImageTask(IMAGE_PRESETS[f"imagenet_{size}"], mesh)
+    names, weights = [str(i) for i in range(19)], np.ones(19)
+    ours = task.SegmentationTask(PRESETS[f"cityscapes_{size}"], mesh, names=names, weights=weights)
+    there, here = (jax.eval_shape(t.init, jax.random.key(0)) for t in (theirs, ours))
+    for part in ("stem", "equilibrium"):
+        assert there[0][part] == here[0][part]
+    assert there[1]["batch_stats"]["stem"] == here[1]["batch_stats"]["stem"]
+    assert not set(there[0]["head"]) & set(here[0]["head"])
