@@ -80,15 +80,16 @@ def measure(config: ImageConfig, model: Trained, traces: np.ndarray) -> dict[str
 
     Returns:
       "accuracy" (budget -> share), "converged_accuracy", "top5" (with more than five classes),
-      "images_per_second" and "seconds_per_step" (of training), and for an equilibrium
-      "steps_median" and "steps_90" (evaluations of f within which half and nine tenths are
-      solved; inf: more than the budget), "unconverged" (share), "spectral_radius", "penalty",
+      "images_per_second" and "seconds_per_step" (of training after the warm-up), and for an
+      equilibrium "steps_median" and "steps_90" (evaluations of f within which half and nine tenths
+      are solved; inf: more than the budget), "unconverged" (share), "spectral_radius", "penalty",
       "train_steps" and "backward_steps" (mean number in the last line of training metrics).
     """
     final = model.result.evaluation
     main = final[config.eval_steps]
     logged = [r for r in model.result.history if r["kind"] == "train"]
-    speeds = [r["steps_per_second"] for r in logged if "steps_per_second" in r]
+    solving = [r for r in logged if r["step"] > config.train.warmup_steps] or logged
+    speeds = [r["steps_per_second"] for r in solving if "steps_per_second" in r]
     speed = statistics.median(speeds) if speeds else None
     numbers = {
         "accuracy": {budget: values["accuracy"] for budget, values in final.items()},
