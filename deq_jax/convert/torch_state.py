@@ -97,7 +97,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(
             f"reading {path} needs PyTorch, which is not installed: pip install torch, or store "

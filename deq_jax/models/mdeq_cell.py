@@ -15,6 +15,7 @@ import jax
 import deq_jax as deq
 from deq_jax.models.heads import NORMAL, State
 from deq_jax.models.layers import Conv, GroupNorm, upsample_nearest
+from deq_jax.reparam import WeightNorm, is_weight
 
 Init = Callable[..., jax.Array]
 UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -35,10 +36,10 @@ def is_normalised(path: str, leaf: Any) -> bool:
       >>> is_normalised("fuse_0_1/conv/kernel", jax.numpy.ones((1, 1, 4, 4)))
       False
     """
-    return path.startswith(("branch", "post")) and deq.reparam.is_weight(path, leaf)
+    return path.startswith(("branch", "post")) and is_weight(path, leaf)
 
 
-WEIGHT_NORM = deq.reparam.WeightNorm(select=is_normalised)
+WEIGHT_NORM = WeightNorm(select=is_normalised)
 """The reparametrisation of the published model."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -112,7 +112,8 @@ class ResNet(nn.Module):
         x = Conv(self.width, window, strides, kernel_init=INIT, name="conv")(images)
         x = nn.relu(BatchNorm(self.momentum, name="norm")(x, train=train))
         if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            pads: Any = ((1, 1), (1, 1))
+            x = nn.max_pool(x, (3, 3), (2, 2), pads)
         for i, blocks in enumerate(STAGES[self.depth]):
             for j in range(blocks):
                 block = ResidualBlock(

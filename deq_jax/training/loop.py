@@ -182,7 +182,7 @@ class _Run:
             return state
         self.console.say(f"starting from the weights in {self.config.init_from}")
         params, extra = weights.adopt((state.params, state.extra), loaded, self.console.say)
-        return state.replace(params=params, extra=extra)
+        return TrainState(state.step, params, state.opt_state, extra)
 
     def _advance(self) -> None:
         try:
