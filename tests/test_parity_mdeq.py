@@ -198,6 +198,22 @@ def test_evaluation(x64):
     np.testing.assert_allclose(radius(solution)[:2], arrays["rho"].ravel()[:2], rtol=1e-3)
 
 
+def test_the_first_steps_of_the_published_solver(x64):
+    """Also from the published initial weights, with which it does not converge."""
+    arrays = recorded("tiny_reference_settings")
+    x = images(arrays["x"])
+    model = tiny(1e-30).clone(solver=deq.Broyden(tol=1e-30, max_steps=9, memory=9, stop="abs"))
+    options = {"mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(0)}}
+    run = jax.jit(lambda v, x: model.apply(v, x, train=True, **options)[0][1].stats.trace)
+    for case, name in (("contractive", "tiny"), ("default_init", "tiny_default_init")):
+        params, stats = weights(name)
+        # Ours begins with the residual of the start, theirs after the first step; theirs is that of
+        # the whole batch.
+        ours = jnp.linalg.norm(run({"params": params, "batch_stats": stats}, x), axis=1)[1:8]
+        theirs = arrays[f"{case}/f64/broyden/fwd/abs_trace"][:7]
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
 def gradients(model, params, stats, arrays, max_steps, dtype):
     """Loss, logits, z*, penalty, new statistics and the gradient, as functions of alpha."""
     x, labels = images(arrays["x"], dtype), jnp.asarray(arrays["label"])
