@@ -2,7 +2,7 @@
 
 import math
 
-from benchmarks import solvers
+from benchmarks import solvers, vision
 from benchmarks._peers import Case
 
 
@@ -29,3 +29,33 @@ def test_failures_stay_in_the_table():
     text = solvers.tables([good, bad])
     assert "| deq_jax | picard | 12.3 | - | 1.00 | - | 2 | - |" in text
     assert "jaxopt picard forward failed: out of memory" in text
+
+
+def test_vision_sizes_are_those_of_the_presets():
+    from benchmarks._vision_case import MODELS
+    from experiments.image_classification.presets import PRESETS
+
+    for name, preset in (("cifar10_tiny", "cifar10_tiny"), ("cifar10_large", "cifar10_large_jr")):
+        ours, config = MODELS[name], PRESETS[preset]
+        for field in ("channels", "head", "final", "expansion", "classes"):
+            assert getattr(ours, field) == getattr(config.model, field)
+        assert (ours.forward, ours.backward) == (config.solver.max_steps, config.backward.max_steps)
+
+
+def test_vision_plan_puts_the_rival_beside_each_inference():
+    cases = vision.plan(vision.parse(["--models", "cifar10_tiny"]))
+    assert len(cases) == len(set(cases)) == 14
+    assert {case.task for case in cases if case.model == vision.RIVAL} == {"infer"}
+    on_gpu = vision.plan(vision.parse(["--device", "gpu"]))
+    assert {case.form for case in on_gpu} >= {"compiled"} and on_gpu[0].batch == 64
+
+
+def test_vision_failures_stay_in_the_table():
+    good = {"model": "cifar10_tiny", "library": "deq_jax", "form": "1 device", "task": "train"}
+    good |= {"batch": 16, "ms": 80.0, "peak_mb": 2.0}
+    peer = good | {"library": "torchdeq", "form": "NCHW", "ms": 100.0}
+    bad = {key: peer[key] for key in ("model", "library", "task", "batch")}
+    bad |= {"form": "channels_last", "error": "out of memory"}
+    text = vision.tables([good, bad, peer])
+    assert "| train | cifar10_tiny | deq_jax | 1 device | 80.0 | 5.0 | 2 | 0.80 |" in text
+    assert "failed: out of memory" in text

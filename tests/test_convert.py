@@ -1,6 +1,7 @@
 """Published weights: a state dict written backwards from our own tree comes in again."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 import deq_jax as deq
 from deq_jax.convert import mdeq as convert
-from deq_jax.convert.torch_state import LEAVES, read
+from deq_jax.convert.torch_state import read
 from deq_jax.models.heads import ClassificationHead, SegmentationHead
 from deq_jax.models.mdeq import MDEQ
 from deq_jax.models.mdeq_cell import MDEQCell
@@ -39,7 +40,7 @@ def shapes_of(net):
     )
 
 
-def written_backwards(net, prefix="module."):
+def written_backwards(net, prefix="module.", segmentation=False):
     """The PyTorch state dict of a model with random weights, and the tree it must become."""
     rng = np.random.default_rng(0)
     tree = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), shapes_of(net))
@@ -48,30 +49,31 @@ def written_backwards(net, prefix="module."):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
     state = {}
-    for module in convert.modules(3, 2):
-        for kind in module.kinds:
-            for theirs, collection, ours in LEAVES[kind]:
-                leaf = leaves.pop(f"{collection}/{module.ours}/{ours}", None)
-                if leaf is None:
-                    assert module.optional or module.ours.startswith("head"), module
-                    continue
-                if theirs == "weight_g":
-                    leaf = leaf.reshape(-1, 1, 1, 1)
-                elif leaf.ndim == 4:
-                    leaf = leaf.transpose(3, 2, 0, 1)  # HWIO to OIHW
-                elif leaf.ndim == 2:
-                    leaf = leaf.T
-                state[f"{prefix}{module.theirs}.{theirs}"] = leaf
+    for module in convert.modules(3, 2, segmentation=segmentation):
+        for name, collection, ours in module.leaves():
+            leaf = leaves.pop(f"{collection}/{ours}", None)
+            if leaf is None:
+                assert module.group, name
+                continue
+            if name.endswith("weight_g"):
+                leaf = leaf.reshape(-1, 1, 1, 1)
+            elif leaf.ndim == 4:
+                leaf = leaf.transpose(3, 2, 0, 1)  # HWIO to OIHW
+            elif leaf.ndim == 2:
+                leaf = leaf.T
+            state[f"{prefix}{name}"] = leaf
     assert not leaves, f"without a name in PyTorch: {sorted(leaves)}"
     state[f"{prefix}downsample.1.num_batches_tracked"] = np.array(7)
-    state[f"{prefix}fullstage_copy.branches.0.blocks.0.conv1.weight_v"] = np.zeros(3)
+    for copy in ("fullstage_copy", "deq.func", "deq.func_copy"):
+        state[f"{prefix}{copy}.branches.0.blocks.0.conv1.weight_v"] = np.zeros(3)
+    state["loss.criterion.weight"] = np.ones(19)
     return state, tree
 
 
 @pytest.mark.parametrize("segmentation", [False, True])
 @pytest.mark.parametrize("prefix", ["", "model.", "module.model."])
 def test_every_weight_finds_its_place(tmp_path, segmentation, prefix):
-    state, tree = written_backwards(model(segmentation), prefix)
+    state, tree = written_backwards(model(segmentation), prefix, segmentation)
     np.savez(tmp_path / "weights.npz", **state)
     ours = convert.convert_state(read(tmp_path / "weights.npz"), segmentation=segmentation)
     assert ours.missing == ours.unknown == []
@@ -103,12 +105,27 @@ def test_missing_and_unknown_names_are_listed():
         convert.convert_state(written_backwards(model(), "")[0], segmentation=True)
 
 
+def test_what_only_some_models_have_is_there_as_a_whole():
+    state, _ = written_backwards(model(), "")
+    without = {n: a for n, a in state.items() if not re.search(r"post_fuse.*gnorm", n)}
+    assert convert.settings(convert.convert_state(without))["post_affine"] is False
+    half = {n: a for n, a in state.items() if not n.endswith("post_fuse_layers.1.gnorm.bias")}
+    with pytest.raises(ValueError, match=r"missing \['fullstage.post_fuse_layers.1.gnorm.bias'\]"):
+        convert.convert_state(half)
+    # Branch 0 goes from 4 channels to 4 * 2: its bottleneck cannot be without a projection.
+    bare = {n: a for n, a in state.items() if not n.startswith("incre_modules.0.0.downsample")}
+    with pytest.raises(ValueError, match=r"missing \['incre_modules.0.0.downsample.0.weight'"):
+        convert.convert_state(bare)
+
+
 def test_command_line_writes_what_init_from_loads(tmp_path, capsys):
     state, tree = written_backwards(model())
     np.savez(tmp_path / "weights.npz", **state)
     out = tmp_path / "out"
     convert.main([str(tmp_path / "weights.npz"), str(out)])
     shown = capsys.readouterr().out
+    count = sum(a.size for a in jax.tree.leaves(tree["params"]))
+    assert f"{count:,} parameters" in shown
     assert "--model.channels=4,8,8" in shown and "--model.post_affine=true" in shown
     params, extra = weights.load(out)
     jax.tree.map(np.testing.assert_array_equal, {"params": params, **extra}, tree)
@@ -138,6 +155,15 @@ def test_files_of_another_model_are_refused(tmp_path):
         convert.main([str(tmp_path / "a.npz"), str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="got no array of a multiscale DEQ"):
         convert.main([str(tmp_path / "a.npz"), str(tmp_path / "out"), "--partial"])
+    np.savez(tmp_path / "b.npz", **{"last_layer.0.bias": np.zeros(3)})
+    with pytest.raises(SystemExit, match="head of a segmentation model, .*--segmentation"):
+        convert.main([str(tmp_path / "b.npz"), str(tmp_path / "out")])
+    np.savez(tmp_path / "c.npz", **{"module.a": np.zeros(3), "a": np.zeros(3)})
+    with pytest.raises(SystemExit, match=r"got a twice in .*c\.npz"):
+        convert.main([str(tmp_path / "c.npz"), str(tmp_path / "out")])
+    (tmp_path / "d.npz").write_bytes(b"PK")
+    with pytest.raises(SystemExit, match=r"d\.npz cannot be read as an \.npz"):
+        convert.main([str(tmp_path / "d.npz"), str(tmp_path / "out")])
 
 
 @pytest.mark.slow
@@ -145,9 +171,18 @@ def test_a_pickle_of_pytorch(tmp_path):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: only .npz was tested")
     state, tree = written_backwards(model())
     path = tmp_path / "weights.pkl"
-    torch.save({name: torch.from_numpy(np.asarray(a)) for name, a in state.items()}, path)
+    tensors = {name: torch.from_numpy(np.asarray(a)) for name, a in state.items()}
+    torch.save(tensors, path)
     params = convert.convert_state(read(path)).params
     jax.tree.map(np.testing.assert_array_equal, params, tree["params"])
+    # As parameters of a module, in a training checkpoint; in half precision.
+    torch.save({"epoch": 3, "state_dict": {"a": torch.nn.Parameter(torch.ones(2))}}, path)
+    np.testing.assert_array_equal(read(path)["a"], np.ones(2))
+    torch.save({"a": torch.ones(2, dtype=torch.bfloat16)}, path)
+    assert read(path)["a"].dtype == np.float32
+    torch.save({"a": Path("code")}, path)
+    with pytest.raises(ValueError, match="tensors, and no objects of other classes"):
+        read(path)
 
 
 def test_it_is_a_module_with_help():

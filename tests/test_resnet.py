@@ -67,6 +67,38 @@ def test_a_block_by_hand(bottleneck):
     assert not np.allclose(new["batch_stats"]["norm1"]["mean"], 0)
 
 
+def test_a_step_moves_the_statistics_and_evaluation_uses_them():
+    x = jax.random.normal(jax.random.key(1), (4, 6, 6, 8))
+    block = ResidualBlock(2, 1, True, momentum=0.3)
+    variables = block.init(jax.random.key(0), x, train=False)
+    stats = variables["batch_stats"]
+
+    @jax.jit
+    def step(params):
+        def loss(params):
+            variables = {"params": params, "batch_stats": stats}
+            y, new = block.apply(variables, x, train=True, mutable=["batch_stats"])
+            return (y**2).mean(), new["batch_stats"]
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    grads, new = step(variables["params"])
+    assert all(np.isfinite(g).all() and g.any() for g in jax.tree.leaves(grads))
+    h = lax.dot_general(x, variables["params"]["conv1"]["kernel"][0, 0], (((3,), (0,)), ((), ())))
+    rows = np.asarray(h).reshape(-1, 2)
+    np.testing.assert_allclose(new["norm1"]["mean"], 0.3 * rows.mean(0), atol=1e-6)
+    np.testing.assert_allclose(new["norm1"]["var"], 0.7 + 0.3 * rows.var(0, ddof=1), rtol=1e-5)
+    assert "project" not in variables["params"]  # as many channels leave as enter
+
+    @jax.jit
+    def evaluate(stats, x):
+        return block.apply({**variables, "batch_stats": stats}, x, train=False)
+
+    # A sample alone and in a batch are the same, and the statistics matter.
+    np.testing.assert_allclose(evaluate(new, x)[:1], evaluate(new, x[:1]), atol=1e-6)
+    assert not np.allclose(evaluate(new, x), evaluate(stats, x))
+
+
 def test_what_does_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"depth must be one of \[18, 50, 101\], got 34"):
         ResNet(classes=10, depth=34)

@@ -9,6 +9,7 @@ import pytest
 import training_example as example
 
 from deq_jax.training import Evaluator, UsageError, parallel, train, weights
+from deq_jax.training.checkpoint import Checkpoints
 
 TINY = example.PRESETS["tiny"]
 
@@ -85,11 +86,12 @@ def test_a_head_of_another_size_stays_as_it_is():
     assert params["stem"].tolist() == extra["batch_stats"]["stem"].tolist() == [1, 1]
     assert params["head"]["kernel"].shape == (3, 5) and not params["head"]["kernel"].any()
     assert said == [
-        "2 of 3 arrays of the model were loaded",
+        "2 of 3 arrays of the model were loaded (incomplete: head 0/1)",
         "  of another shape, not loaded: head/kernel ([3, 7] there, [3, 5] here)",
     ]
     loaded = ({"stem": jnp.ones(2), "other": jnp.ones(1)}, {})
     weights.adopt(tree(5, 0.0), loaded, said.append)
+    assert said[2] == "1 of 3 arrays of the model were loaded (incomplete: stem 1/2, head 0/1)"
     assert said[3:] == [
         "  not there, left as initialised: head/kernel, batch_stats/stem",
         "  there, but not in the model: other",
@@ -99,6 +101,35 @@ def test_a_head_of_another_size_stays_as_it_is():
 def test_weights_of_another_model_are_refused():
     with pytest.raises(UsageError, match="none of the 1 arrays loaded has a place"):
         weights.adopt(({"a": jnp.ones(2)}, {}), ({"b": jnp.ones(2)}, {}), print)
+
+
+def test_a_head_without_its_equilibrium_is_refused():
+    def model(channels):
+        tree = {"equilibrium": {"f": jnp.ones(channels)}, "head": jnp.ones(5)}
+        return tree, {"batch_stats": {"head": jnp.ones(5)}}
+
+    with pytest.raises(UsageError) as caught:
+        weights.adopt(model(4), model(8), print)
+    assert 'none of the 3 arrays loaded has a place in "equilibrium" of' in str(caught.value)
+    assert "here: equilibrium/f ([8] there, [4] here)" in str(caught.value)
+    said = []
+    weights.adopt(model(4), model(4), said.append)
+    assert said == ["3 of 3 arrays of the model were loaded"]
+
+
+def test_an_older_checkpoint_is_taken_when_the_newest_is_damaged(tmp_path):
+    def write(step, tree):
+        with Checkpoints(tmp_path / "checkpoints", keep=9, fits=str, say=print) as checkpoints:
+            checkpoints.save(step, tree, {})
+
+    write(1, {"params": {"a": jnp.ones(3)}})
+    write(2, {"params": {"a": jnp.ones(3)}})
+    write(3, {"weights": jnp.ones(3)})
+    (tmp_path / "checkpoints" / "000000002" / "host" / "data.json").unlink()
+    said = []
+    assert weights.load(tmp_path, said.append)[0]["a"].tolist() == [1.0] * 3
+    assert len(said) == 1 and "step 3: it holds no params; step 2: its file " in said[0]
+    assert said[0].endswith("is missing; taking the checkpoint of step 1")
 
 
 def test_no_weights_and_damaged_weights_are_refused(first, tmp_path):

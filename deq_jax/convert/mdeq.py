@@ -3,7 +3,8 @@
     python -m deq_jax.convert.mdeq weights.pkl out_dir
     python -m experiments.image_classification.main --preset=imagenet_small --init_from=out_dir
 
-Names are those of the published state dicts; `fullstage_copy.*` and batch counters are left out.
+Names are those of the published state dicts; what these hold twice, and batch counters, are left
+out.
 """
 
 from __future__ import annotations
@@ -11,28 +12,34 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from deq_jax.convert.torch_state import Converted, Module, convert, read
 
-IGNORED = ("fullstage_copy.",)
-"""The published layer keeps a second copy of f, for its backward pass."""
+IGNORED = ("fullstage_copy.", "deq.func.", "deq.func_copy.", "loss.")
+"""Older versions of the published layer kept a copy of f for the backward pass, and registered both
+once more; segmentation saved the class weights of its loss."""
 
 _BATCH_NORM = ("norm", "statistics")
 
 
-def modules(branches: int, blocks: int = 1) -> Iterator[Module]:
+def modules(
+    branches: int, blocks: int = 1, *, segmentation: bool = False, projected: Container[int] = ()
+) -> Iterator[Module]:
     """The modules of the published model.
 
     Args:
       branches: number of resolutions.
       blocks: residual blocks in each.
+      segmentation: which head.
+      projected: branches whose bottleneck in the classification head certainly has a projection.
 
     Yields:
-      Stem, cell, and both heads; what only some models have is optional.
+      Stem, cell, and head; what only some models have is in a group.
 
     Example:
       >>> next(modules(2)).ours
@@ -42,14 +49,17 @@ def modules(branches: int, blocks: int = 1) -> Iterator[Module]:
         yield Module(f"downsample.{theirs}", f"stem/{ours}", ("conv",))
     for theirs, ours in (("1", "norm1"), ("4", "norm2")):
         yield Module(f"downsample.{theirs}", f"stem/{ours}", _BATCH_NORM)
-    small = branches <= 2  # such a model has the convolution only if it halves its input
-    yield Module("stage0.0", "stem/inject", ("conv",), optional=small)
-    yield Module("stage0.1", "stem/inject_norm", _BATCH_NORM, optional=small)
+    # A small model has the convolution only if it halves its input.
+    group = "inject" if branches <= 2 else ""
+    yield Module("stage0.0", "stem/inject", ("conv",), group)
+    yield Module("stage0.1", "stem/inject_norm", _BATCH_NORM, group)
     yield from _cell(branches, blocks)
-    yield from _classification(branches)
-    yield Module("last_layer.0", "head/merge", ("conv_bias",), optional=True)
-    yield Module("last_layer.1", "head/merge_norm", _BATCH_NORM, optional=True)
-    yield Module("last_layer.3", "head/scores", ("conv_bias",), optional=True)
+    if not segmentation:
+        yield from _classification(branches, projected)
+        return
+    yield Module("last_layer.0", "head/merge", ("conv_bias",))
+    yield Module("last_layer.1", "head/merge_norm", _BATCH_NORM)
+    yield Module("last_layer.3", "head/scores", ("conv_bias",))
 
 
 def _cell(branches: int, blocks: int) -> Iterator[Module]:
@@ -71,18 +81,18 @@ def _cell(branches: int, blocks: int) -> Iterator[Module]:
                 yield Module(f"{way}.{k}.gnorm", f"{path}/norm{k}", ("norm",))
         post = f"{there}.post_fuse_layers.{i}"
         yield Module(f"{post}.conv", f"{here}/post{i}/conv", ("weight_norm",))
-        yield Module(f"{post}.gnorm", f"{here}/post{i}/norm", ("norm",), optional=True)
+        yield Module(f"{post}.gnorm", f"{here}/post{i}/norm", ("norm",), group="post")
 
 
-def _classification(branches: int) -> Iterator[Module]:
+def _classification(branches: int, projected: Container[int]) -> Iterator[Module]:
     for i in range(branches):
         there, here = f"incre_modules.{i}.0", f"head/increase{i}"
         for k in (1, 2, 3):
             yield Module(f"{there}.conv{k}", f"{here}/conv{k}", ("conv",))
             yield Module(f"{there}.bn{k}", f"{here}/norm{k}", ("statistics",))
-        # Only where the number of channels changes.
-        yield Module(f"{there}.downsample.0", f"{here}/project", ("conv",), optional=True)
-        yield Module(f"{there}.downsample.1", f"{here}/project_norm", _BATCH_NORM, optional=True)
+        group = "" if i in projected else f"project{i}"
+        yield Module(f"{there}.downsample.0", f"{here}/project", ("conv",), group)
+        yield Module(f"{there}.downsample.1", f"{here}/project_norm", _BATCH_NORM, group)
         if i:
             yield Module(f"downsamp_modules.{i - 1}.0", f"head/down{i - 1}", ("conv_bias",))
             yield Module(f"downsamp_modules.{i - 1}.1", f"head/down{i - 1}_norm", _BATCH_NORM)
@@ -105,12 +115,18 @@ def convert_state(
       params, batch_stats, missing, unknown.
 
     Raises:
-      ValueError: without ``partial``, names are missing or unknown; the message lists them.
+      ValueError: without ``partial``, names are missing or unknown; the message lists them.  Or the
+        head is that of segmentation, and this was not said.
 
     Example:
       >>> convert_state({"classifier.bias": np.ones(3)}, partial=True).params
       {'head': {'classifier': {'bias': array([1., 1., 1.])}}}
     """
+    if any(name.startswith("last_layer.") for name in state) and not (segmentation or partial):
+        raise ValueError(
+            "got the head of a segmentation model, last_layer; wanted segmentation=True "
+            "(--segmentation), or a classifier's weights"
+        )
     places = (
         r"fullstage\.(?:branches|fuse_layers|post_fuse_layers)\.(\d+)\.",
         r"fullstage\.fuse_layers\.\d+\.(\d+)\.",
@@ -118,18 +134,18 @@ def convert_state(
     )
     branches = max(_count(state, pattern) for pattern in places)
     blocks = _count(state, r"fullstage\.branches\.\d+\.blocks\.(\d+)\.")
-    other = (
-        ("head/increase", "head/down", "head/final", "head/classifier")
-        if segmentation
-        else ("head/merge", "head/scores")
-    )
-    wanted = [m for m in modules(branches, blocks) if not m.ours.startswith(other)]
-    if segmentation:  # its own head is then no option
-        wanted = [
-            Module(m.theirs, m.ours, m.kinds, m.optional and not m.ours.startswith("head"))
-            for m in wanted
-        ]
+    wanted = modules(branches, blocks, segmentation=segmentation, projected=_projected(state))
     return convert(state, wanted, ignored=IGNORED, partial=partial)
+
+
+def _projected(state: Mapping[str, np.ndarray]) -> set[int]:
+    """The branches whose bottleneck changes the number of channels."""
+    found = set()
+    for i in range(_count(state, r"incre_modules\.(\d+)\.")):
+        first, last = (state.get(f"incre_modules.{i}.0.conv{k}.weight") for k in (1, 3))
+        if first is not None and last is not None and first.shape[1] != last.shape[0]:
+            found.add(i)
+    return found
 
 
 def _count(state: Mapping[str, np.ndarray], pattern: str) -> int:
@@ -212,11 +228,20 @@ def main(arguments: list[str] | None = None) -> None:
     for label, names in (("missing", converted.missing), ("unknown", converted.unknown)):
         if names:
             print(f"{label}: {', '.join(names)}")
-    print(f"written to {options.out_dir}; the weights are of a model with")
+    count = sum(array.size for array in _arrays(converted.params))
+    print(f"written to {options.out_dir}: {count:,} parameters, of a model with")
     for name, value in settings(converted).items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
         print(f"  --model.{name}={text}")
     print("(halvings in the stem, groups and dropout do not show in the weights)")
+
+
+def _arrays(tree: Mapping[str, Any]) -> Iterator[np.ndarray]:
+    for value in tree.values():
+        if isinstance(value, Mapping):
+            yield from _arrays(value)
+        else:
+            yield value
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,13 +41,24 @@ class Module:
       theirs: its dotted name there.
       ours: its path here, joined by ``/``.
       kinds: which of its tensors there are: keys of `LEAVES`.
-      optional: whether a state dict without it is complete.
+      group: name of what only some models have, "" for what all have.  Of a group, a state dict
+        has everything or nothing.
     """
 
     theirs: str
     ours: str
     kinds: tuple[str, ...]
-    optional: bool = False
+    group: str = ""
+
+    def leaves(self) -> Iterator[tuple[str, str, str]]:
+        """Lists the module's arrays.
+
+        Yields:
+          Name of the PyTorch tensor, our collection, our path joined by ``/``.
+        """
+        for kind in self.kinds:
+            for theirs, collection, ours in LEAVES[kind]:
+                yield f"{self.theirs}.{theirs}", collection, f"{self.ours}/{ours}"
 
 
 class Converted(NamedTuple):
@@ -87,12 +99,27 @@ def read(path: Path) -> dict[str, np.ndarray]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"got {path}, which is no file; wanted a PyTorch state dict or an .npz")
-    state: Any = dict(np.load(path)) if path.suffix == ".npz" else _read_torch(path)
+    state = _read_numpy(path) if path.suffix == ".npz" else _read_torch(path)
     if isinstance(state, Mapping) and "state_dict" in state:  # a training checkpoint
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not state or not all(map(_is_array, state.values())):
         raise ValueError(f"got no state dict in {path}; wanted a mapping from names to tensors")
-    return {strip(str(name)): np.asarray(value) for name, value in state.items()}
+    arrays: dict[str, np.ndarray] = {}
+    for name, value in state.items():
+        short = strip(str(name))
+        if short in arrays:
+            raise ValueError(
+                f"got {short} twice in {path}, under different prefixes; wanted one model in a file"
+            )
+        arrays[short] = _to_numpy(value)
+    return arrays
+
+
+def _read_numpy(path: Path) -> Any:
+    try:
+        return dict(np.load(path))
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as an .npz of arrays: {error}") from error
 
 
 def _read_torch(path: Path) -> Any:
@@ -106,12 +133,24 @@ def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on foreign files
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} cannot be read as PyTorch weights: {reason}") from error
+        # Its own words go on for pages, and recommend to run whatever code the file brings.
+        raise ValueError(
+            f"{path} cannot be read as PyTorch weights ({type(error).__name__}); wanted what "
+            "torch.save(model.state_dict(), path) writes: tensors, and no objects of other classes"
+        ) from error
 
 
 def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _to_numpy(value: Any) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        return value
+    value = value.detach()
+    if value.is_floating_point() and value.element_size() == 2:
+        value = value.float()  # NumPy has no bfloat16
+    return value.numpy()
 
 
 def strip(name: str) -> str:
@@ -167,21 +206,21 @@ def convert(
         for name, array in state.items()
         if not name.startswith(ignored) and name.rsplit(".", 1)[-1] not in IGNORED
     }
+    modules = list(modules)
+    groups = {m.group for m in modules if any(name in rest for name, _, _ in m.leaves())}
     missing = []
     for module in modules:
-        for kind in module.kinds:
-            for theirs, collection, ours in LEAVES[kind]:
-                name = f"{module.theirs}.{theirs}"
-                if name in rest:
-                    array = _lay_out(rest.pop(name), theirs)
-                    _put(trees[collection], f"{module.ours}/{ours}", array)
-                elif not module.optional:
-                    missing.append(name)
+        for name, collection, ours in module.leaves():
+            if name in rest:
+                _put(trees[collection], ours, _lay_out(rest.pop(name), name.rsplit(".", 1)[-1]))
+            elif not module.group or module.group in groups:
+                missing.append(name)
     unknown = sorted(rest)
     if (missing or unknown) and not partial:
         raise ValueError(
             f"got a state dict that does not fit: missing {missing or 'none'}; unknown "
-            f"{unknown or 'none'}; wanted the published model, or partial conversion"
+            f"{unknown or 'none'}; wanted all names of the published model and no other, or "
+            "partial conversion (--partial)"
         )
     return Converted(trees["params"], trees["batch_stats"], missing, unknown)
 

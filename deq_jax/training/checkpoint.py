@@ -153,7 +153,7 @@ class Checkpoints:
             try:
                 restored = self._load(step, template)
             except Exception as error:  # whatever a library makes of a damaged file
-                refused[step] = _first_line(error)
+                refused[step] = first_line(error)
                 continue
             for bad, reason in refused.items():
                 moved = self._set_aside(bad)
@@ -197,7 +197,7 @@ class Checkpoints:
         older = self.steps()
         kept = f"the checkpoint of step {older[-1]} is intact" if older else "there is no older one"
         full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
-        reason = "the disk is full" if full else _first_line(error)
+        reason = "the disk is full" if full else first_line(error)
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {self._directory}: "
             f"{reason}; {kept}"
@@ -211,7 +211,7 @@ def read(path: Path) -> tuple[Any, dict[str, Any]]:
       path: folder of the checkpoint, `.../checkpoints/000000500`.
 
     Returns:
-      (state, host): what was saved, arrays on the first device; the dict saved beside it.
+      (state, host): what was saved, arrays on a device of this process; the dict saved beside it.
 
     Raises:
       ValueError: it is damaged.  Other exceptions, of any kind, come from Orbax.
@@ -220,7 +220,8 @@ def read(path: Path) -> tuple[Any, dict[str, Any]]:
       >>> state, host = read(Path("runs/digits/jr/checkpoints/000000600"))  # doctest: +SKIP
     """
     _check_files(path)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    # Every process reads its own copy: a device of another one could not be written to.
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with _make_context():
         record = ocp.load_checkpointables(str(path), {"host": None})["host"]
         shapes = ocp.checkpointables_metadata(str(path)).metadata["state"]
@@ -245,7 +246,19 @@ class _WithoutOrbaxTracebacks(logging.Filter):
         return "orbax" not in record.pathname
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    r"""What an exception says, short enough to stand in a sentence.
+
+    Args:
+      error: any exception.
+
+    Returns:
+      The first line of its message, cut at 200 characters; its type if it says nothing.
+
+    Example:
+      >>> first_line(ValueError("too long\nfor a sentence")), first_line(KeyError())
+      ('too long', 'KeyError')
+    """
     text = str(error).strip().split("\n")[0] or type(error).__name__
     return text if len(text) <= 200 else text[:200] + " ..."
 

@@ -176,12 +176,13 @@ class _Run:
 
     def _begin(self, task: Task, optimizer: optax.GradientTransformation) -> TrainState:
         """The state of step 0: random weights, or those that the configuration names."""
-        loaded = weights.load(Path(self.config.init_from)) if self.config.init_from else None
+        source, say = self.config.init_from, self.console.say
+        loaded = weights.load(Path(source), say) if source else None
         state = create_state(task, optimizer, self.config.train.seed, self.mesh)
         if loaded is None:
             return state
-        self.console.say(f"starting from the weights in {self.config.init_from}")
-        params, extra = weights.adopt((state.params, state.extra), loaded, self.console.say)
+        say(f"starting from the weights in {source}")
+        params, extra = weights.adopt((state.params, state.extra), loaded, say)
         return TrainState(state.step, params, state.opt_state, extra)
 
     def _advance(self) -> None:

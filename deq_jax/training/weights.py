@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from deq_jax.training.checkpoint import Checkpoints, read
+from deq_jax.training.checkpoint import Checkpoints, first_line, read
 from deq_jax.training.errors import UsageError
 
 _FOLDER = "checkpoints"
+_TRUNK = "equilibrium"
+"""Weights without a part of this module are of no use to a model that has it."""
 _SHOWN = 3
 """Names listed of each kind of misfit; the others are counted."""
 
@@ -52,11 +55,12 @@ def save(folder: Path, params: Any, extra: Any, source: dict[str, Any]) -> None:
         checkpoints.finish()
 
 
-def load(folder: Path) -> tuple[Any, Any]:
+def load(folder: Path, say: Callable[[str], None] = print) -> tuple[Any, Any]:
     """Reads the weights of a run, or those that `save` wrote.
 
     Args:
       folder: a workdir of one model (for a comparison: `.../jr`), or a folder of `save`.
+      say: called with what the user should know of newer checkpoints that are damaged.
 
     Returns:
       (params, extra), nested dicts of arrays, from the newest checkpoint that is whole.
@@ -78,10 +82,15 @@ def load(folder: Path) -> tuple[Any, Any]:
     for step in reversed(steps):
         try:
             state, _ = read(directory / f"{step:09d}")
-            return state["params"], state.get("extra") or {}
         except Exception as error:  # whatever a library makes of a damaged or foreign file
-            reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-            refused.append(f"step {step}: {reason}")
+            refused.append(f"step {step}: {first_line(error)}")
+            continue
+        if not isinstance(state, dict) or "params" not in state:
+            refused.append(f"step {step}: it holds no params")
+            continue
+        if refused:
+            say(f"in {directory}: {'; '.join(refused)}; taking the checkpoint of step {step}")
+        return state["params"], state.get("extra") or {}
     raise UsageError(f"no checkpoint in {directory} can be read: {'; '.join(refused)}")
 
 
@@ -102,19 +111,19 @@ def adopt(
       (params, extra) like `own`, dtypes and shardings too.
 
     Raises:
-      UsageError: nothing fits.
+      UsageError: nothing fits, or nothing of the module "equilibrium" of a model that has one.
 
     Example:
       >>> mine = ({"stem": jnp.zeros(2), "head": jnp.zeros(3)}, {})
       >>> theirs = ({"stem": jnp.ones(2), "head": jnp.ones(4)}, {})
       >>> taken, _ = adopt(mine, theirs, print)
-      1 of 2 arrays of the model were loaded
+      1 of 2 arrays of the model were loaded (incomplete: head 0/1)
         of another shape, not loaded: head ([4] there, [3] here)
       >>> taken["stem"].tolist(), taken["head"].tolist()
       ([1.0, 1.0], [0.0, 0.0, 0.0])
     """
     there = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(loaded)}
-    taken, absent, misfits = set(), [], []
+    taken, absent, misfits = [], [], {}
 
     def choose(path: Any, leaf: jax.Array) -> jax.Array:
         name = _name(path)
@@ -122,30 +131,39 @@ def adopt(
         if found is None:
             absent.append(name)
         elif found.shape != leaf.shape:
-            misfits.append(f"{name} ({list(found.shape)} there, {list(leaf.shape)} here)")
+            misfits[name] = f"{name} ({list(found.shape)} there, {list(leaf.shape)} here)"
         else:
-            taken.add(name)
+            taken.append(name)
             # To the sharding that the model's own array has.
             return jax.device_put(jax.device_get(found).astype(leaf.dtype), leaf.sharding)
         return leaf
 
     result = jax.tree_util.tree_map_with_path(choose, own)
-    total = len(taken) + len(absent) + len(misfits)
-    if not taken:
+    fits, wanted = _by_module(taken), _by_module([*taken, *absent, *misfits])
+    total = wanted.total()
+    if not taken or (wanted[_TRUNK] and not fits[_TRUNK]):
+        part = "" if not taken else f' "{_TRUNK}" of'
         raise UsageError(
-            f"none of the {len(there)} arrays loaded has a place in this model of {total}; "
-            f"there: {_few(sorted(there))}; here: {_few(absent or misfits)}"
+            f"none of the {len(there)} arrays loaded has a place in{part} this model of {total}; "
+            f"there: {_few(sorted(there))}; here: {_few([*misfits.values(), *absent])}; wanted "
+            "weights of a model with the same settings"
         )
-    say(f"{len(taken)} of {total} arrays of the model were loaded")
-    seen = taken | {misfit.split(" ")[0] for misfit in misfits}
+    parts = [f"{name} {fits[name]}/{n}" for name, n in wanted.items() if fits[name] < n]
+    gaps = f" (incomplete: {_few(parts)})" if parts else ""
+    say(f"{len(taken)} of {total} arrays of the model were loaded{gaps}")
     for label, names in (
-        ("of another shape, not loaded", misfits),
+        ("of another shape, not loaded", list(misfits.values())),
         ("not there, left as initialised", absent),
-        ("there, but not in the model", sorted(set(there) - seen)),
+        ("there, but not in the model", sorted(set(there).difference(taken, misfits))),
     ):
         if names:
             say(f"  {label}: {_few(names)}")
     return result
+
+
+def _by_module(names: Iterable[str]) -> Counter[str]:
+    """How many of the names are of each top-level module, its batch statistics included."""
+    return Counter(name.removeprefix("batch_stats/").split("/")[0] for name in names)
 
 
 def _name(path: Any) -> str:

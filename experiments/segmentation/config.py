@@ -36,8 +36,8 @@ class DataConfig:
     scale_high: float = option(2.0, "largest random scale before the crop")
     class_weights: Literal["none", "published", "frequency"] = option(
         "frequency",
-        "weights of the classes in the loss: none; those published for the set; measured on the "
-        "training split, larger for rare classes",
+        "weights of the classes in the loss: none; those published for the set; larger for rare "
+        "classes, from their frequencies in the training split",
     )
     in_memory: bool = option(True, "decode the whole set once", may_change=True)
     workers: int = option(0, "processes that decode and augment", may_change=True)

@@ -20,23 +20,26 @@ or of converted weights, are loaded; the head starts anew:
     python -m experiments.image_classification.main --preset=imagenet_small --workdir=IMAGENET
     python -m experiments.segmentation.main --preset=cityscapes_small --init_from=IMAGENET/model
 
-camvid_small is this repository's own small job: 367 road scenes of 256 x 192, 11 classes, three
-branches.  TODO
+camvid_small is this repository's own small job: 367 road scenes of 256 x 192, 11 classes; three
+branches, the finest at a quarter of the resolution, with Jacobian regularisation.  1,000 steps, the
+first 400 of them unrolled; batch norm keeps a tenth of each batch, as 1,000 steps are too few for
+a hundredth.  The settings come from a few short runs, one seed each, looked at on the validation
+split; they were not searched.
+
+    python -m experiments.segmentation.main --preset=camvid_small --data.dir=DIR
+
+Expect, on the 233 test images (seed 0): mIoU 35 %, pixel accuracy 77 %; road, sky and building at
+60 to 90 %, while poles and signs, thinner than the finest grid's 4 pixels, are not found.
+Measured: 23 minutes on 2 CPU cores that other jobs kept busy (1.2 s a step; 0.3 to 0.4 s in
+quieter minutes).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-from deq_jax.training import (
-    BackwardConfig,
-    EvalConfig,
-    JacConfig,
-    OptimConfig,
-    SolverConfig,
-    TrainConfig,
-)
+from deq_jax.training import EvalConfig, JacConfig, OptimConfig, TrainConfig
+from experiments import trunk
 from experiments.segmentation.config import DataConfig, ModelConfig, SegmentationConfig
 
 CITYSCAPES_EXAMPLES = 2975
@@ -68,24 +71,6 @@ def cityscapes_schedule(batch: int, warmup_steps: int) -> TrainConfig:
     )
 
 
-def broyden(forward: int, backward: int, stop: str) -> dict[str, Any]:
-    """Both solvers.
-
-    Args:
-      forward: evaluations of f.
-      backward: products with the Jacobian.
-      stop: "rel" or "abs", of both residuals.
-
-    Returns:
-      solver and backward, as keyword arguments of `SegmentationConfig`.
-    """
-    common: dict[str, Any] = {"name": "broyden", "tol": 1e-3, "stop": stop}
-    return {
-        "solver": SolverConfig(max_steps=forward, **common),
-        "backward": BackwardConfig(max_steps=backward, **common),
-    }
-
-
 SMALL = ModelConfig(
     classes=19,
     channels=(32, 64, 128, 256),
@@ -112,7 +97,7 @@ CITYSCAPES_SMALL = SegmentationConfig(
     optim=CITYSCAPES_SGD,
     train=cityscapes_schedule(12, 60_000),
     eval=EvalConfig(budgets=(9, 18), spectral_batches=1, spectral_iters=50),
-    **broyden(27, 30, "abs"),
+    **trunk.broyden(27, 30, "abs"),
 )
 LARGE_SGD = dataclasses.replace(CITYSCAPES_SGD, weight_decay=3e-4)
 
@@ -127,31 +112,35 @@ PRESETS = {
     "cityscapes_xl": dataclasses.replace(
         CITYSCAPES_SMALL,
         workdir="runs/cityscapes_xl",
-        model=dataclasses.replace(
-            SMALL, channels=(88, 176, 352, 704), expansion=6, dropout=0.04
-        ),
+        model=dataclasses.replace(SMALL, channels=(88, 176, 352, 704), expansion=6, dropout=0.04),
         data=dataclasses.replace(CITYSCAPES_SMALL.data, crop=(768, 1024)),
         optim=LARGE_SGD,
         train=cityscapes_schedule(8, 40_000),
     ),
     "camvid_small": SegmentationConfig(
         workdir="runs/camvid_small",
-        model=ModelConfig(
-            classes=11, channels=(16, 24, 32, 48), expansion=3, downsample=2, groups=8
+        model=ModelConfig(classes=11, channels=(24, 32, 48), expansion=3, downsample=2),
+        data=DataConfig(
+            name="camvid",
+            eval_split="test",
+            crop=(128, 192),
+            scale_low=0.75,
+            scale_high=1.5,
+            class_weights="frequency",
+            eval_batch_size=12,
         ),
-        data=DataConfig(name="camvid", eval_split="test", crop=(128, 192), eval_batch_size=12),
-        jac=JacConfig(gamma=1.0, prob=0.2, probes=1, budget_low=-2, budget_high=1),
+        jac=JacConfig(gamma=1.0, prob=0.5, probes=1, budget_low=-2, budget_high=1),
         optim=OptimConfig(name="adam", lr=5e-3, end_lr=1e-5, warmup_steps=50, clip=1.0),
         train=TrainConfig(
-            steps=1500,
+            steps=1000,
             batch_size=8,
-            warmup_steps=300,
+            warmup_steps=400,
             warmup_layers=4,
             log_every=50,
             eval_every=500,
             checkpoint_every=500,
         ),
         eval=EvalConfig(max_steps=12, budgets=(2, 4, 8), spectral_batches=1, spectral_iters=50),
-        **broyden(8, 8, "rel"),
+        **trunk.broyden(8, 8, "rel"),
     ),
 }

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from deq_jax.training import EvalData, TrainResult
+from deq_jax.data.pipeline import Record, Source
+from deq_jax.training import TrainResult
 from deq_jax.training.parallel import replicated
 from deq_jax.training.placement import place
 from experiments import report as shared
 from experiments.segmentation.config import SegmentationConfig
-from experiments.segmentation.data import Drawing
+from experiments.segmentation.data import NORMALIZE, Sets
 from experiments.segmentation.task import SegmentationTask
 
 NAMES = {"no_jr": "without JR", "jr": "with JR", "model": "model"}
@@ -72,8 +73,7 @@ def write(
     folder: Path,
     config: SegmentationConfig,
     trained: Mapping[str, Trained],
-    data: EvalData,
-    drawing: Drawing,
+    sets: Sets,
     mesh: Mesh,
 ) -> str:
     """Writes results.md, results.json and predictions.png.
@@ -82,8 +82,7 @@ def write(
       folder: of the experiment.
       config: the whole configuration.
       trained: name -> model.
-      data: one pass over the evaluation images.
-      drawing: colours of the classes and of the images.
+      sets: evaluation images, and colours of the classes.
       mesh: the devices.
 
     Returns:
@@ -92,7 +91,7 @@ def write(
     columns = {name: measure(config, model) for name, model in trained.items()}
     text = make_table(config, columns)
     shared.write(folder, text, columns)
-    draw(folder / "predictions.png", config, trained, data, drawing, mesh)
+    draw(folder / "predictions.png", config, trained, sets, mesh)
     return text
 
 
@@ -146,57 +145,50 @@ def make_table(config: SegmentationConfig, columns: Mapping[str, Mapping[str, An
     return text + "\n"
 
 
-def pick(config: SegmentationConfig, data: EvalData) -> dict[str, np.ndarray]:
+def pick(config: SegmentationConfig, source: Source) -> list[Record]:
     """Takes a few evaluation images, evenly spread over the set.
 
     Args:
       config: drawn is read.
-      data: one pass over the evaluation images.
+      source: the evaluation images.
 
     Returns:
-      "image" and "label" of at most config.drawn examples.
+      At most config.drawn examples.
     """
-    total = sum(int(batch["mask"].sum()) for batch in data())
-    wanted = np.unique(np.linspace(0, total, min(config.drawn, total), endpoint=False, dtype=int))
-    parts, first = [], 0
-    for batch in data():
-        size = int(batch["mask"].sum())
-        here = [i - first for i in wanted if first <= i < first + size]
-        parts += [(batch["image"][i], batch["label"][i]) for i in here]
-        first += size
-    return {"image": np.stack([p[0] for p in parts]), "label": np.stack([p[1] for p in parts])}
+    total = len(source)
+    wanted = np.linspace(0, total, min(config.drawn, total), endpoint=False, dtype=int)
+    return [source[int(i)] for i in wanted]
 
 
 def predict(
-    config: SegmentationConfig, model: Trained, images: np.ndarray, mesh: Mesh
-) -> np.ndarray:
+    config: SegmentationConfig, model: Trained, chosen: Sequence[Record], mesh: Mesh
+) -> list[np.ndarray]:
     """Classes that a model gives to every pixel, at the main budget.
 
     Args:
       config: the evaluation budget is read.
       model: a trained model.
-      images: float [B, H, W, 3].
+      chosen: from `pick`.
       mesh: the devices.
 
     Returns:
-      int32 [B, H, W].
+      For each example int32 [H, W].
     """
     step = jax.jit(model.task.predict, out_shardings=replicated(mesh))
     state, found = model.result.state, []
-    for image in images:  # one at a time, a copy on each device: they may be large
-        copies = np.repeat(image[None], mesh.local_mesh.size, axis=0)
+    for record in chosen:  # one at a time, a copy on each device: they may be large
+        copies = np.stack([NORMALIZE(record)["image"]] * mesh.local_mesh.size)
         batch = place({"image": copies, "mask": np.ones(len(copies), np.float32)}, mesh)
         budget = jnp.int32(config.eval_steps)
         found.append(np.asarray(step(state.params, state.extra, batch["image"], budget))[0])
-    return np.stack(found)
+    return found
 
 
 def draw(
     path: Path,
     config: SegmentationConfig,
     trained: Mapping[str, Trained],
-    data: EvalData,
-    drawing: Drawing,
+    sets: Sets,
     mesh: Mesh,
 ) -> None:
     """Draws images, their truth and the predictions, one image in a row.
@@ -205,33 +197,32 @@ def draw(
       path: of the PNG.
       config: the whole configuration.
       trained: name -> model.
-      data: one pass over the evaluation images.
-      drawing: colours of the classes and of the images.
+      sets: evaluation images, and colours of the classes.
       mesh: the devices.
     """
     from matplotlib.patches import Patch
 
-    chosen = pick(config, data)
+    palette, chosen = sets.classes.palette, pick(config, sets.source)
     columns = {
-        "image": drawing.picture(chosen["image"]),
-        "truth": paint(chosen["label"], drawing.palette),
+        "image": [record["image"] for record in chosen],
+        "truth": [paint(record["label"], palette) for record in chosen],
     }
     for name, model in trained.items():
         title = "prediction" if len(trained) == 1 else f"prediction {NAMES[name]}"
-        found = predict(config, model, chosen["image"], mesh)
-        columns[title] = paint(found, drawing.palette)
-    count, (height, width) = len(chosen["image"]), chosen["image"].shape[1:3]
+        found = predict(config, model, chosen, mesh)
+        columns[title] = [paint(labels, palette) for labels in found]
+    count, (height, width) = len(chosen), chosen[0]["label"].shape
     size = (3.3 * len(columns), 3.3 * height / width * count + 1.0)
     figure, axes = shared.new_figure(count, len(columns), size)
     for j, (title, pictures) in enumerate(columns.items()):
         axes[0, j].set_title(title)
-        for i, picture in enumerate(pictures):
-            axes[i, j].imshow(picture, interpolation="nearest")
+        for i, shown in enumerate(pictures):
+            axes[i, j].imshow(shown, interpolation="nearest")
             axes[i, j].set_axis_off()
-    names = next(iter(trained.values())).task.names
+    names = [*sets.classes.names, "no label"]
     patches = [
-        Patch(facecolor=np.asarray(color) / 255, edgecolor="0.4", label=name)
-        for name, color in zip([*names, "no label"], [*drawing.palette, IGNORED], strict=True)
+        Patch(facecolor=tuple((np.asarray(color) / 255).tolist()), edgecolor="0.4", label=name)
+        for name, color in zip(names, [*palette, IGNORED], strict=True)
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     figure.savefig(path)
@@ -241,15 +232,15 @@ def paint(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """Colours of classes.
 
     Args:
-      labels: integers [B, H, W]; what is no class is painted dark grey.
+      labels: integers [...]; what is no class is painted dark grey.
       palette: uint8 [classes, 3].
 
     Returns:
-      uint8 [B, H, W, 3].
+      uint8 [..., 3].
 
     Example:
-      >>> paint(np.asarray([[[0, 255]]]), np.asarray([[9, 9, 9]], np.uint8)).tolist()
-      [[[[9, 9, 9], [40, 40, 40]]]]
+      >>> paint(np.asarray([0, 255]), np.asarray([[9, 9, 9]], np.uint8)).tolist()
+      [[9, 9, 9], [40, 40, 40]]
     """
     colors = np.concatenate([palette, IGNORED[None]])
     known = (labels >= 0) & (labels < len(palette))

@@ -34,7 +34,7 @@ class SegmentationTask:
         mesh: Mesh,
         *,
         names: Sequence[str],
-        weights: np.ndarray | None = None,
+        weights: np.ndarray,
     ) -> None:
         """Wires the model.
 
@@ -42,19 +42,18 @@ class SegmentationTask:
           config: all but optim is read.
           mesh: the devices over which the solve is split.
           names: of the classes.
-          weights: of the classes in the loss, float [classes]; None for equal ones.
+          weights: of the classes in the loss, float [classes].
 
         Raises:
-          ValueError: names or weights that are not as many as the classes.
+          ValueError: names or weights of another number of classes than the model's.
         """
         part = config.model
-        self.names = tuple(names)
-        self.weights = np.ones(part.classes) if weights is None else np.asarray(weights)
-        if len(self.names) != part.classes or self.weights.shape != (part.classes,):
+        if len(names) != part.classes or np.shape(weights) != (part.classes,):
             raise ValueError(
-                f"got {len(self.names)} names and weights {self.weights.shape}; wanted "
-                f"{part.classes} of each: set model.classes to the number of classes of the set"
+                f"got {len(names)} names and weights of shape {np.shape(weights)}; wanted "
+                f"model.classes = {part.classes} of each"
             )
+        self.names, self.weights = tuple(names), np.asarray(weights, np.float32)
         self._sample = (mesh.size, *config.data.crop, 3)
         self.model = trunk.build_mdeq(
             config, part, SegmentationHead(part.classes, part.momentum), mesh
@@ -77,10 +76,7 @@ class SegmentationTask:
         max_steps: int | jax.Array,
         probe: Any,
     ) -> Output:
-        """Loss and confusion matrix of a batch; see `deq_jax.training.Task`.
-
-        Pixels whose label is not a class (255) count for nothing, nor do images whose mask is 0.
-        """
+        """Loss and confusion matrix of a batch; see `deq_jax.training.Task`."""
         scores, solution, extra = trunk.forward(
             self.tied if warmup else self.model,
             params,
@@ -91,26 +87,10 @@ class SegmentationTask:
             max_steps=max_steps,
             probe=probe,
         )
-        labels = batch["label"].astype(jnp.int32)  # [B, H, W]
-        classes = len(self.names)
-        scores = resize_bilinear(scores, labels.shape[1:])  # [B, H, W, classes]
-        counted = (labels >= 0) & (labels < classes) & (batch["mask"].reshape(-1, 1, 1) > 0)
-        labels = jnp.where(counted, labels, 0)
-        weights = jnp.asarray(self.weights, scores.dtype)[labels] * counted
-        nll = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
-        # A padded image may have any scores: 0 * inf would spoil the sum.
-        nll, weight = jnp.where(counted, nll * weights, 0).sum(), weights.sum()
-        return Output(
-            loss=nll / jnp.where(weight > 0, weight, 1),
-            sums={
-                "nll": nll,
-                "weight": weight,
-                "confusion": confusion_matrix(labels, jnp.argmax(scores, -1), counted, classes),
-                "count": counted.sum(),
-            },
-            extra=extra,
-            solution=solution,
-        )
+        _, height, width = batch["label"].shape
+        scores = resize_bilinear(scores, (height, width))  # [B, H, W, classes]
+        loss, sums = pixel_loss(scores, batch["label"], batch["mask"], jnp.asarray(self.weights))
+        return Output(loss=loss, sums=sums, extra=extra, solution=solution)
 
     def predict(
         self, params: Any, extra: Any, images: jax.Array, max_steps: int | jax.Array
@@ -136,7 +116,8 @@ class SegmentationTask:
             max_steps=max_steps,
             probe=None,
         )
-        return jnp.argmax(resize_bilinear(scores, images.shape[1:3]), -1).astype(jnp.int32)
+        _, height, width, _ = images.shape
+        return jnp.argmax(resize_bilinear(scores, (height, width)), -1).astype(jnp.int32)
 
     def summarize(self, means: Mapping[str, Mean]) -> dict[str, float]:
         """Turns merged sums into numbers: the hook of `train` and `evaluate`.
@@ -160,6 +141,37 @@ class SegmentationTask:
             values["accuracy"] = float(np.trace(matrix) / matrix.sum())
         pairs = zip(self.names, each, strict=True)
         return values | {f"iou/{name}": float(v) for name, v in pairs if not np.isnan(v)}
+
+
+def pixel_loss(
+    scores: jax.Array, labels: jax.Array, mask: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Weighted mean of the cross-entropy over pixels, and the sums of a batch.
+
+    Args:
+      scores: float [B, H, W, classes].
+      labels: integers [B, H, W]; a pixel whose label is not a class (255) counts for nothing.
+      mask: float [B]; an image whose mask is 0 counts for nothing.
+      weights: float [classes].
+
+    Returns:
+      The loss, 0 if no pixel counts, and "nll" and "weight" (its numerator and denominator),
+      "confusion" and "count" (pixels, int32).
+    """
+    classes, labels = scores.shape[-1], labels.astype(jnp.int32)
+    counted = (labels >= 0) & (labels < classes) & (mask.reshape(-1, 1, 1) > 0)
+    labels = jnp.where(counted, labels, 0)
+    weight = weights.astype(scores.dtype)[labels] * counted
+    nll = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
+    # where() because a padded image may have any scores, and 0 * inf would spoil the sum.
+    nll, weight = jnp.where(counted, nll * weight, 0).sum(), weight.sum()
+    predicted = jnp.argmax(scores, axis=-1)
+    return nll / jnp.where(weight > 0, weight, 1), {
+        "nll": nll,
+        "weight": weight,
+        "confusion": confusion_matrix(labels, predicted, counted, classes),
+        "count": counted.sum(),
+    }
 
 
 def confusion_matrix(

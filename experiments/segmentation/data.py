@@ -1,0 +1,143 @@
+"""Opens the set of labelled images that a configuration names."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from deq_jax.data import images, pipeline, segmentation, sources
+from deq_jax.data.segmentation import Classes
+from deq_jax.training import DataIterator, EvalData, UsageError
+from experiments import trunk
+from experiments.segmentation.config import SegmentationConfig
+
+CLASSES = {"camvid": segmentation.CAMVID, "cityscapes": segmentation.CITYSCAPES}
+TFDS = {"camvid": "camvid", "cityscapes": "cityscapes/semantic_segmentation"}
+IMAGE = {"camvid": "image", "cityscapes": "image_left"}
+"""What TFDS calls a set, and the images in it."""
+
+NORMALIZE = images.IMAGENET
+"""What is done to the colours: the trunk may come from ImageNet."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sets:
+    """Images to train on and to evaluate on.
+
+    Attributes:
+      train: endless batches: "image" float32 [B, H, W, 3], "label" int32 [B, H, W] with 255 for no
+        label, "mask" float32 [B]; the part of this process.
+      eval: gives one pass over the evaluation images at full size, likewise.
+      source: all evaluation images as they are: "image" uint8 [H, W, 3], "label" uint8 [H, W].
+      classes: names and colours.
+      weights: of the classes in the loss, float [classes].
+    """
+
+    train: DataIterator
+    eval: EvalData
+    source: pipeline.Source
+    classes: Classes
+    weights: np.ndarray
+
+
+def build_data(config: SegmentationConfig) -> Sets:
+    """Opens the set.
+
+    Args:
+      config: model, data and train are read.
+
+    Returns:
+      Its two parts.
+
+    Raises:
+      MissingData: the set is not prepared.
+      UsageError: it does not fit the model or the number of processes.
+    """
+    data, processes = config.data, jax.process_count()
+    classes = CLASSES[data.name]
+    if len(classes.names) != config.model.classes:
+        raise UsageError(
+            f"{data.name} has {len(classes.names)} classes; set model.classes, which is "
+            f"{config.model.classes}"
+        )
+    train, test = (open_set(config, split) for split in (data.train_split, data.eval_split))
+    try:
+        trunk.check_size(config.model, *test[0]["label"].shape)
+    except ValueError as error:
+        raise UsageError(f"{data.name} at full size: {error}") from None
+    for name, size in (
+        ("train.batch_size", config.train.batch_size),
+        ("data.eval_batch_size", data.eval_batch_size),
+    ):
+        if size % processes:
+            raise UsageError(f"{name} must divide by the {processes} processes, got {size}")
+    shard = jax.process_index(), processes
+    height, width = data.crop
+    batches = pipeline.train_iterator(
+        train,
+        batch_size=config.train.batch_size // processes,
+        seed=config.train.seed,
+        transform=NORMALIZE,
+        augment=segmentation.RandomScaleCropFlip(height, width, data.scale_low, data.scale_high),
+        shard=shard,
+        workers=data.workers,
+    )
+
+    def one_pass() -> Any:
+        return pipeline.eval_batches(
+            test,
+            batch_size=data.eval_batch_size // processes,
+            transform=NORMALIZE,
+            shard=shard,
+            threads=data.workers,
+        )
+
+    return Sets(batches, one_pass, test, classes, choose_weights(config, classes, train))
+
+
+def open_set(config: SegmentationConfig, split: str) -> Any:
+    """Opens one split.
+
+    Args:
+      config: data is read.
+      split: its name.
+
+    Returns:
+      A source of {"image": uint8 [H, W, 3], "label": uint8 [H, W]}, labels being classes or 255.
+    """
+    data = config.data
+    opened = sources.open_tfds(TFDS[data.name], split, data.dir)
+    names = {"image": IMAGE[data.name], "label": "segmentation_label"}
+    labelled = segmentation.Labelled(sources.Fields(opened, names), CLASSES[data.name])
+    return sources.in_memory(labelled) if data.in_memory else labelled
+
+
+def choose_weights(config: SegmentationConfig, classes: Classes, train: Any) -> np.ndarray:
+    """Weights of the classes in the loss.
+
+    Args:
+      config: data is read.
+      classes: of the set.
+      train: source of the training examples.
+
+    Returns:
+      float [classes].
+
+    Raises:
+      UsageError: none were published for this set.
+    """
+    count, data = len(classes.names), config.data
+    if data.class_weights == "none":
+        return np.ones(count)
+    if data.class_weights == "frequency":
+        # Their root: as they are, up to 13 to 1 on CamVid, the thin classes would rule the loss.
+        return np.sqrt(segmentation.class_weights(train, count))
+    if classes.weights is None:
+        raise UsageError(
+            f"no class weights were published for {data.name}; set data.class_weights to "
+            "frequency or none"
+        )
+    return classes.weights
