@@ -214,7 +214,7 @@ def machine(device: str) -> str:
         The GPU's name, or the processor's.
     """
     if device == "gpu":
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         return torch.cuda.get_device_name()
     return platform.processor() or platform.machine()

@@ -84,7 +84,9 @@ class Console:
           values: metric -> number.
         """
         solver = ("fwd_steps", "fwd_residual", "unconverged")
-        words = [f"{name} {value:.4g}" for name, value in values.items() if name not in solver]
+        # "iou/road" and the like are for metrics.jsonl: one of each class would be a long line.
+        shown = {n: v for n, v in values.items() if n not in solver and "/" not in n}
+        words = [f"{name} {value:.4g}" for name, value in shown.items()]
         if "fwd_steps" in values:
             words.append(f"nfe {values['fwd_steps']:.1f} of {budget}")
             words.append(f"unconverged {values['unconverged']:.0%}")

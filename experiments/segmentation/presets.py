@@ -30,7 +30,7 @@ split; they were not searched.
 
 Expect, on the 233 test images (seed 0): mIoU 35 %, pixel accuracy 77 %; road, sky and building at
 60 to 90 %, while poles and signs, thinner than the finest grid's 4 pixels, are not found.
-Measured: 23 minutes on 2 CPU cores that other jobs kept busy (1.2 s a step; 0.3 to 0.4 s in
+Measured: 23 minutes on 2 CPU cores that other jobs kept busy (1.2 s a step; 0.3 to 0.5 s in
 quieter minutes).
 """
 
