@@ -73,15 +73,18 @@ def exactness(array):
     return ROUNDING if array.dtype == np.float64 else STORED_IN_FLOAT32
 
 
-def close_trees(ours, theirs, tolerance):
-    """Leaf by leaf, but for those that are rounding or cancellation, as biases before a norm."""
+def close_trees(ours, theirs, tolerance, floor):
+    """Leaf by leaf, to a share of its largest element, or of `floor` times that of all leaves.
+
+    Lengths and biases before a normalisation have gradients that are cancellation and rounding.
+    """
     ours = {jax.tree_util.keystr(p): a for p, a in jax.tree_util.tree_leaves_with_path(ours)}
     theirs = jax.tree_util.tree_leaves_with_path(theirs)
     largest = max(np.abs(a).max() for _, a in theirs)
     assert len(ours) == len(theirs)
     for path, a in theirs:
         name = jax.tree_util.keystr(path)
-        scale = max(np.abs(a).max(), 1e-2 * largest)
+        scale = max(np.abs(a).max(), floor * largest)
         np.testing.assert_allclose(ours[name], a, rtol=0, atol=tolerance * scale, err_msg=name)
 
 
@@ -175,7 +178,7 @@ def _at(tree, path):
 
 def tiny(tol, adjoint=None):
     cell, head = PARTS["tiny"]
-    solver = deq.Broyden(tol=tol, max_steps=80, memory=80)
+    solver = deq.Broyden(tol=tol, max_steps=60, memory=60)
     return MDEQ(cell=cell, head=head, solver=solver, adjoint=adjoint)
 
 
@@ -242,14 +245,15 @@ def gradients(model, params, stats, arrays, max_steps, dtype):
     return lambda alpha: run(params, jnp.asarray(alpha, dtype))
 
 
-CASES = [  # dtype, solver tolerance, logits, gradients
-    pytest.param(np.float64, 1e-13, 1e-11, 1e-7, id="float64"),
-    pytest.param(np.float32, 1e-6, 1e-5, 1e-4, id="float32"),
+CASES = [
+    # dtype, tolerance of the solvers (in float32 as near as they get), of logits, of gradients, floor
+    pytest.param(np.float64, 1e-13, 1e-11, 1e-7, 1e-2, id="float64"),
+    pytest.param(np.float32, 1e-8, 1e-5, 1e-4, 1e-1, id="float32"),
 ]
 
 
-@pytest.mark.parametrize(("dtype", "tol", "near", "gradient"), CASES)
-def test_training_through_the_equilibrium(dtype, tol, near, gradient):
+@pytest.mark.parametrize(("dtype", "tol", "near", "gradient", "floor"), CASES)
+def test_training_through_the_equilibrium(dtype, tol, near, gradient, floor):
     with jax.enable_x64(dtype == np.float64):
         params, stats = weights("tiny", dtype)
         with_penalty = recorded("tiny_train_ift_jac")
@@ -262,7 +266,7 @@ def test_training_through_the_equilibrium(dtype, tol, near, gradient):
             np.testing.assert_allclose(loss, arrays["loss"], rtol=near)
             close(logits, arrays["logits"], near)
             wanted = convert_state(_under(arrays, "grad/"), partial=True).params
-            close_trees(grads, wanted, gradient)
+            close_trees(grads, wanted, gradient, floor)
             wanted = convert_state(_under(arrays, "buffer_after/"), partial=True).batch_stats
             for path, a in jax.tree_util.tree_leaves_with_path(wanted):
                 close(_at(new, path), a, near)
@@ -283,7 +287,7 @@ def test_training_through_the_unrolled_network(x64):
     np.testing.assert_allclose(penalty, arrays["jac_loss"].item(), rtol=1e-11)
     close(logits, arrays["logits"], ROUNDING)
     wanted = convert_state(_under(arrays, "grad/"), partial=True).params
-    close_trees(grads, wanted, STORED_IN_FLOAT32)
+    close_trees(grads, wanted, STORED_IN_FLOAT32, 1e-2)
 
 
 def _under(arrays, prefix):
