@@ -246,7 +246,7 @@ def gradients(model, params, stats, arrays, max_steps, dtype):
 
 
 CASES = [
-    # dtype, tolerance of the solvers (in float32 as near as they get), of logits, of gradients, floor
+    # dtype, tolerance of solvers (in float32 as near as they get), of logits, of gradients, floor
     pytest.param(np.float64, 1e-13, 1e-11, 1e-7, 1e-2, id="float64"),
     pytest.param(np.float32, 1e-8, 1e-5, 1e-4, 1e-1, id="float32"),
 ]
