@@ -276,8 +276,9 @@ def _draw_history(
 ) -> None:
     """One metric over the training steps; of evaluations, that at the largest budget."""
     records = [r for r in history if r["kind"] == kind and metric in r]
-    largest = max((r.get("budget", 0) for r in records), default=0)
-    records = [r for r in records if r.get("budget", 0) == largest]
+    if kind == "eval":
+        largest = max((r["budget"] for r in records), default=0)
+        records = [r for r in records if r["budget"] == largest]
     style = STYLES[name] | {"markersize": 3}
     values = [factor * r[metric] for r in records]
     axis.plot([r["step"] for r in records], values, label=NAMES[name], **style)
