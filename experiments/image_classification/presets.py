@@ -9,8 +9,8 @@ the test set (10 leaves a spectral radius of .06, hardly an equilibrium).  Expec
 convergence in 30 steps.  One test image is .28 %.
 
 tiny_imagenet is a rehearsal of the ImageNet path on a set of 20 classes, with settings of our own.
-All others are published settings (arXiv 2106.14342 and the code that goes with it).  Where paper and
-code differ the code is followed, which is what the published weights and figures were made with:
+All others are published settings (arXiv 2106.14342 and the code that goes with it).  Where paper
+and code differ the code is followed, with which the published weights and figures were made:
 
   setting                       paper                     code, followed here
   CIFAR-10 with JR, gamma, p    .5, .05                   .4, .02, off after epoch 90
