@@ -7,8 +7,33 @@ import ctypes
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
+from pathlib import Path
+
+
+def in_process(module: str, request: dict) -> dict:
+    """Run a module in a fresh process.
+
+    Args:
+        module: called with the request, as JSON; it prints one line of JSON.
+        request: what it is to do.
+
+    Returns:
+        Its answer, or "error".
+    """
+    child = subprocess.run(
+        [sys.executable, "-m", module, json.dumps(request)],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if child.returncode:
+        lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
+        return {"error": lines[-1]}
+    return json.loads(child.stdout.splitlines()[-1])
 
 
 def limit_threads(threads: int) -> None:

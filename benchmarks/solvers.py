@@ -15,10 +15,10 @@ import importlib.util
 import itertools
 import json
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks._case import in_process
 from benchmarks._peers import FORMULAS, SHAPES, Case
 
 LIBRARIES = ("deq_jax", "torchdeq", "jaxopt", "optimistix")
@@ -80,22 +80,8 @@ def run(case: Case, repeats: int) -> dict:
         The numbers of `benchmarks._case.measure`, or the case and "error".
     """
     fields = dataclasses.asdict(case)
-    child = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "benchmarks._case",
-            json.dumps({"case": fields, "repeats": repeats}),
-        ],
-        cwd=Path(__file__).resolve().parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if child.returncode:
-        lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
-        return fields | {"error": lines[-1]}
-    return json.loads(child.stdout.splitlines()[-1])
+    request = {"case": fields, "repeats": repeats}
+    return fields | in_process("benchmarks._case", request)
 
 
 def tables(rows: list[dict]) -> str:

@@ -17,10 +17,10 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks._case import in_process
 from benchmarks._vision_case import MODELS, STOPPED, Case
 
 TASKS = ("train", "train with JR", "infer")
@@ -33,6 +33,7 @@ BATCHES = {
     "gpu": {"cifar10_tiny": 64, "cifar10_large": 96},
 }
 RIVAL = "resnet101"
+RUNNER = "benchmarks._vision_case"
 COLUMNS = ("task", "network", "library", "form", "ms", "ms an image", "MB", "of the best PyTorch")
 
 
@@ -83,28 +84,6 @@ def plan(options: argparse.Namespace) -> list[Case]:
     return cases
 
 
-def call(request: dict) -> dict:
-    """Run `benchmarks._vision_case` in a fresh process.
-
-    Args:
-        request: what it is to do.
-
-    Returns:
-        Its answer, or "error".
-    """
-    child = subprocess.run(
-        [sys.executable, "-m", "benchmarks._vision_case", json.dumps(request)],
-        cwd=Path(__file__).resolve().parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if child.returncode:
-        lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
-        return {"error": lines[-1]}
-    return json.loads(child.stdout.splitlines()[-1])
-
-
 def groups(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
     """Rows of one table.
 
@@ -126,7 +105,7 @@ def tables(rows: list[dict]) -> str:
     """The results as Markdown, one table for each model.
 
     Args:
-        rows: from `call`, each with the fields of its case.
+        rows: from the runner, each with the fields of its case.
 
     Returns:
         The text.
@@ -226,7 +205,7 @@ def main() -> None:
     needed = ("torch", "torchdeq", "optax", "matplotlib")
     if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
         sys.exit(f"not installed: {', '.join(absent)}; pip install -e .[bench,train]")
-    same = [call({"compare": name}) for name in options.models]
+    same = [in_process(RUNNER, {"compare": name}) for name in options.models]
     print(f"same weights in both libraries: {same}", file=sys.stderr, flush=True)
     # Another network would be another benchmark.
     if wrong := [one for one in same if "error" in one or max(one["f"], one["logits"]) > 1e-4]:
@@ -234,7 +213,7 @@ def main() -> None:
     rows = []
     for case in plan(options):
         fields = dataclasses.asdict(case)
-        rows.append(fields | call({"case": fields, "repeats": options.steps}))
+        rows.append(fields | in_process(RUNNER, {"case": fields, "repeats": options.steps}))
         shown = rows[-1].get("error") or "{ms:.1f} ms, {peak_mb:.0f} MB".format(**rows[-1])
         label = f"{case.model} {case.batch} {case.task}, {case.library} {case.form}"
         print(f"{label}: {shown}", file=sys.stderr, flush=True)

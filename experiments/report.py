@@ -2,16 +2,55 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from deq_jax.training import Config, TrainResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # One colour per model, the same in every panel; told apart by colour-blind readers too.
 COLORS = ("#c0504d", "#2a6fb0", "#3f9b56", "#8a5bb0")
+
+NAMES = {"no_jr": "without JR", "jr": "with JR", "model": "model"}
+"""Names of the models' folders (`trunk.variants`) -> heads of the tables' columns."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A task and what its training left."""
+
+    task: Any
+    result: TrainResult
+
+
+def training_numbers(config: Config, result: TrainResult) -> dict[str, float | None]:
+    """What training cost.
+
+    Args:
+      config: train is read.
+      result: of the run.
+
+    Returns:
+      "train_steps" and "backward_steps" (mean number in the last line of training metrics),
+      "seconds_per_step" and "images_per_second" (medians after the warm-up phase); None for what
+      was not measured.
+    """
+    logged = [r for r in result.history if r["kind"] == "train"]
+    solving = [r for r in logged if r["step"] > config.train.warmup_steps] or logged
+    speeds = [r["steps_per_second"] for r in solving if "steps_per_second" in r]
+    speed = statistics.median(speeds) if speeds else None
+    return {
+        "train_steps": logged[-1].get("fwd_steps") if logged else None,
+        "backward_steps": logged[-1].get("bwd_steps") if logged else None,
+        "seconds_per_step": 1 / speed if speed else None,
+        "images_per_second": config.train.batch_size * speed if speed else None,
+    }
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -84,10 +84,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, rising."""
-        if not self._directory.is_dir():
-            return []
-        names = [entry.name for entry in self._directory.iterdir() if entry.is_dir()]
-        return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
+        return saved_steps(self._directory)
 
     def save(self, step: int, state: Any, host: dict[str, Any]) -> None:
         """Begins to save; returns as soon as `state` may be donated.
@@ -202,6 +199,25 @@ class Checkpoints:
             f"the checkpoint of step {step} could not be written to {self._directory}: "
             f"{reason}; {kept}"
         ) from error
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """The steps of the complete checkpoints in a folder.
+
+    Args:
+      directory: `.../checkpoints`; it need not exist.
+
+    Returns:
+      Rising.
+
+    Example:
+      >>> saved_steps(Path("nowhere"))
+      []
+    """
+    if not directory.is_dir():
+        return []
+    names = [entry.name for entry in directory.iterdir() if entry.is_dir()]
+    return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
 
 
 def read(path: Path) -> tuple[Any, dict[str, Any]]:

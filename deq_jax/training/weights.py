@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deq_jax.training.checkpoint import Checkpoints, first_line, read
+from deq_jax.training.checkpoint import Checkpoints, first_line, read, saved_steps
 from deq_jax.training.errors import UsageError
 
 _FOLDER = "checkpoints"
@@ -72,7 +72,7 @@ def load(folder: Path, say: Callable[[str], None] = print) -> tuple[Any, Any]:
       >>> params, extra = load(Path("runs/cifar10_large_jr/model"))  # doctest: +SKIP
     """
     directory = Path(folder).expanduser().absolute() / _FOLDER
-    steps = Checkpoints(directory, keep=1, fits=lambda _: "", say=print).steps()
+    steps = saved_steps(directory)
     if not steps:
         raise UsageError(
             f"no checkpoint in {directory}; wanted the workdir of a model (after --compare: its "

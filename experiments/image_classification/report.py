@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,26 +13,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deq_jax.models.mdeq import MDEQ
-from deq_jax.training import EvalData, TrainResult
+from deq_jax.training import EvalData
 from deq_jax.training.placement import place
 from experiments import report as shared
 from experiments.image_classification.config import ImageConfig
-from experiments.image_classification.task import ImageTask
+from experiments.report import NAMES, Trained
 
-NAMES = {"no_jr": "without JR", "jr": "with JR", "model": "model"}
 STYLES = {
     "model": {"color": shared.COLORS[1], "marker": "o", "linestyle": "-"},
     "no_jr": {"color": shared.COLORS[0], "marker": "s", "linestyle": "--"},
     "jr": {"color": shared.COLORS[1], "marker": "o", "linestyle": "-"},
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A task and what its training left."""
-
-    task: ImageTask
-    result: TrainResult
 
 
 def residual_traces(config: ImageConfig, model: Trained, data: EvalData, mesh: Mesh) -> np.ndarray:
@@ -80,23 +69,16 @@ def measure(config: ImageConfig, model: Trained, traces: np.ndarray) -> dict[str
 
     Returns:
       "accuracy" (budget -> share), "converged_accuracy", "top5" (with more than five classes),
-      "images_per_second" and "seconds_per_step" (of training after the warm-up), and for an
-      equilibrium "steps_median" and "steps_90" (evaluations of f within which half and nine tenths
-      are solved; inf: more than the budget), "unconverged" (share), "spectral_radius", "penalty",
-      "train_steps" and "backward_steps" (mean number in the last line of training metrics).
+      `experiments.report.training_numbers`, and for an equilibrium "steps_median" and "steps_90"
+      (evaluations of f within which half and nine tenths are solved; inf: more than the budget),
+      "unconverged" (share), "spectral_radius", "penalty".
     """
     final = model.result.evaluation
     main = final[config.eval_steps]
-    logged = [r for r in model.result.history if r["kind"] == "train"]
-    solving = [r for r in logged if r["step"] > config.train.warmup_steps] or logged
-    speeds = [r["steps_per_second"] for r in solving if "steps_per_second" in r]
-    speed = statistics.median(speeds) if speeds else None
-    numbers = {
+    numbers = shared.training_numbers(config, model.result) | {
         "accuracy": {budget: values["accuracy"] for budget, values in final.items()},
         "converged_accuracy": main["accuracy"],
         "top5": main.get("top5"),
-        "seconds_per_step": 1 / speed if speed else None,
-        "images_per_second": config.train.batch_size * speed if speed else None,
     }
     if not traces.size:
         return numbers
@@ -108,8 +90,6 @@ def measure(config: ImageConfig, model: Trained, traces: np.ndarray) -> dict[str
         "unconverged": float(1 - solved.mean()),
         "spectral_radius": main.get("spectral_radius"),
         "penalty": main.get("penalty"),
-        "train_steps": logged[-1].get("fwd_steps") if logged else None,
-        "backward_steps": logged[-1].get("bwd_steps") if logged else None,
     }
 
 

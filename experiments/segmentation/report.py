@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,25 +12,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deq_jax.data.pipeline import Record, Source
-from deq_jax.training import TrainResult
 from deq_jax.training.parallel import replicated
 from deq_jax.training.placement import place
 from experiments import report as shared
+from experiments.report import NAMES, Trained
 from experiments.segmentation.config import SegmentationConfig
 from experiments.segmentation.data import NORMALIZE, Sets
-from experiments.segmentation.task import SegmentationTask
 
-NAMES = {"no_jr": "without JR", "jr": "with JR", "model": "model"}
 IGNORED = np.asarray([40, 40, 40], np.uint8)
 """Colour of pixels without a label."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A task and what its training left."""
-
-    task: SegmentationTask
-    result: TrainResult
 
 
 def measure(config: SegmentationConfig, model: Trained) -> dict[str, Any]:
@@ -44,17 +32,12 @@ def measure(config: SegmentationConfig, model: Trained) -> dict[str, Any]:
 
     Returns:
       "miou" (budget -> share), "accuracy" and "iou" (class -> share) at the main budget, "steps",
-      "unconverged", "spectral_radius", "penalty", "train_steps" and "backward_steps" (mean number
-      in the last line of training metrics), "images_per_second" and "seconds_per_step" (of
-      training after the warm-up phase); None for what was not measured.
+      "unconverged", "spectral_radius", "penalty", None for what was not measured; and
+      `experiments.report.training_numbers`.
     """
     final = model.result.evaluation
     main = final[config.eval_steps]
-    logged = [r for r in model.result.history if r["kind"] == "train"]
-    solving = [r for r in logged if r["step"] > config.train.warmup_steps] or logged
-    speeds = [r["steps_per_second"] for r in solving if "steps_per_second" in r]
-    speed = statistics.median(speeds) if speeds else None
-    return {
+    return shared.training_numbers(config, model.result) | {
         "miou": {budget: values.get("miou") for budget, values in final.items()},
         "accuracy": main.get("accuracy"),
         "iou": {name: main.get(f"iou/{name}") for name in model.task.names},
@@ -62,10 +45,6 @@ def measure(config: SegmentationConfig, model: Trained) -> dict[str, Any]:
         "unconverged": main.get("unconverged"),
         "spectral_radius": main.get("spectral_radius"),
         "penalty": main.get("penalty"),
-        "train_steps": logged[-1].get("fwd_steps") if logged else None,
-        "backward_steps": logged[-1].get("bwd_steps") if logged else None,
-        "seconds_per_step": 1 / speed if speed else None,
-        "images_per_second": config.train.batch_size * speed if speed else None,
     }
 
 
