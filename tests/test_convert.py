@@ -161,9 +161,10 @@ def test_files_of_another_model_are_refused(tmp_path):
     np.savez(tmp_path / "c.npz", **{"module.a": np.zeros(3), "a": np.zeros(3)})
     with pytest.raises(SystemExit, match=r"got a twice in .*c\.npz"):
         convert.main([str(tmp_path / "c.npz"), str(tmp_path / "out")])
-    (tmp_path / "d.npz").write_bytes(b"PK")
-    with pytest.raises(SystemExit, match=r"d\.npz cannot be read as an \.npz"):
-        convert.main([str(tmp_path / "d.npz"), str(tmp_path / "out")])
+    for content in (b"PK", b""):
+        (tmp_path / "d.npz").write_bytes(content)
+        with pytest.raises(SystemExit, match=r"d\.npz cannot be read as an \.npz"):
+            convert.main([str(tmp_path / "d.npz"), str(tmp_path / "out")])
 
 
 @pytest.mark.slow

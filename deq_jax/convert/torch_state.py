@@ -118,7 +118,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 def _read_numpy(path: Path) -> Any:
     try:
         return dict(np.load(path))
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as an .npz of arrays: {error}") from error
 
 
