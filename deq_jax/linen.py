@@ -27,13 +27,32 @@ class _Map:
         return self.cell.apply({"params": params}, z, *operands)
 
 
+def once(cell: Any, z: PyTree, x: PyTree, *masks: PyTree) -> PyTree:
+    """Applies a cell once, its method `inject` first if it has one.
+
+    For ``cell.init(key, z, x, method=once)`` and ``cell.apply(params, z, x, method=once)``.
+
+    Args:
+      cell: a Linen module as `DEQ` takes it.
+      z: state, tree of floating-point arrays ``[B, ...]``.
+      x: operands of the cell, any tree.
+      *masks: of a cell with a method `masks`: what it drew, or None.
+
+    Returns:
+      A tree like ``z``.
+    """
+    return cell(z, cell.inject(x) if hasattr(cell, "inject") else x, *masks)
+
+
 class DEQ(nn.Module):
     """Solves z = cell(z, x) for a Linen cell.
 
     The cell is called as ``cell(z, x)`` and returns a tree like ``z``; it must be pure: parameters
     only, no batch statistics, no random streams.  A cell with a method ``masks(key, z, x)`` (any
     tree; no parameters used) is called as ``cell(z, x, masks)`` instead: masks are drawn once per
-    solve when training, and are None otherwise.
+    solve when training, and are None otherwise.  Of a cell with a method ``inject(x)`` the call is
+    ``cell(z, cell.inject(x))``: what of it does not depend on z is computed once per solve, with
+    the cell's parameters.
 
     Attributes:
       cell: the module to iterate; its parameters are those of this layer, under ``f``.
@@ -91,13 +110,15 @@ class DEQ(nn.Module):
         masks = cell.masks(self.make_rng("dropout"), z0, x) if masked and train else None
 
         def make(key: jax.Array) -> PyTree:
-            operands = (z0, x, masks) if masked else (z0, x)
-            params = cell.init(key, *operands).get("params", {})
+            operands = (x, masks) if masked else (x,)
+            params = cell.init(key, z0, *operands, method=once).get("params", {})
             return params if self.reparam is None else self.reparam.split(params)
 
         params = self.param("f", make)
         if self.reparam is not None:
             params = self.reparam.merge(params)
+        if hasattr(cell, "inject"):
+            x = cell.apply({"params": params}, x, method="inject")
         f, operand = _Map(cell, masked), (x, masks) if masked else x
         sol = self.fixed_point(
             f,

@@ -33,7 +33,9 @@ class DEQ(nnx.Module):
 
     The cell is called as ``cell(z, x)`` and returns a tree like ``z``; it must not change its own
     variables.  A cell with a method ``masks(key, z, x)`` is called as ``cell(z, x, masks)``: masks
-    are drawn once per solve when a key is given, and are None otherwise.
+    are drawn once per solve when a key is given, and are None otherwise.  Of a cell with a method
+    ``inject(x)`` the call is ``cell(z, cell.inject(x))``: what of it does not depend on z is
+    computed once per solve.
 
     Args:
       cell: the module to iterate.  This layer takes its parameters over, as ``layer.params``.
@@ -111,10 +113,11 @@ class DEQ(nnx.Module):
         weights = nnx.to_pure_dict(nnx.state(self, nnx.Param))["params"]
         if self.reparam is not None:
             weights = self.reparam.merge(weights)
-        f, params, operand = _Map(self.graph, self.masked), (weights, self.others), x
+        f, params = _Map(self.graph, self.masked), (weights, self.others)
+        cell: Any = nnx.merge(self.graph, nnx.State(weights), self.others)
+        operand = cell.inject(x) if hasattr(cell, "inject") else x
         if self.masked:
-            cell: Any = nnx.merge(self.graph, nnx.State(weights), self.others)
-            operand = (x, None if key is None else cell.masks(key, z0, x))
+            operand = (operand, None if key is None else cell.masks(key, z0, x))
         sol = self.fixed_point(
             f,
             params,

@@ -9,16 +9,13 @@ out.
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from collections.abc import Container, Iterator, Mapping
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from deq_jax.convert.torch_state import Converted, Module, convert, read
+from deq_jax.convert import command
+from deq_jax.convert.torch_state import Converted, Module, convert
 
 IGNORED = ("fullstage_copy.", "deq.func.", "deq.func_copy.", "loss.")
 """Older versions of the published layer kept a copy of f for the backward pass, and registered both
@@ -202,46 +199,19 @@ def main(arguments: list[str] | None = None) -> None:
     Example:
       >>> main(["weights.pkl", "out_dir"])  # doctest: +SKIP
     """
-    parser = argparse.ArgumentParser(description="Published MDEQ weights -> --init_from=OUT_DIR")
-    parser.add_argument("weights", type=Path, help="PyTorch state dict, or .npz of its arrays")
-    parser.add_argument("out_dir", type=Path, help="folder to be written; must not have weights")
+    parser = command.parser("MDEQ")
     parser.add_argument(
         "--segmentation", action="store_true", help="the head is that of segmentation"
     )
-    parser.add_argument(
-        "--partial", action="store_true", help="convert what fits, list what is missing or unknown"
-    )
     options = parser.parse_args(arguments)
-    from deq_jax.training import weights
-
-    try:
-        converted = convert_state(
-            read(options.weights), segmentation=options.segmentation, partial=options.partial
-        )
-        if not converted.params:
-            raise ValueError(f"got no array of a multiscale DEQ in {options.weights}")
-        extra = {"batch_stats": converted.batch_stats} if converted.batch_stats else {}
-        source = {"file": options.weights.name, "missing": converted.missing}
-        weights.save(options.out_dir, converted.params, extra, source)
-    except ValueError as error:
-        sys.exit(str(error))
-    for label, names in (("missing", converted.missing), ("unknown", converted.unknown)):
-        if names:
-            print(f"{label}: {', '.join(names)}")
-    count = sum(array.size for array in _arrays(converted.params))
-    print(f"written to {options.out_dir}: {count:,} parameters, of a model with")
-    for name, value in settings(converted).items():
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
-        print(f"  --model.{name}={text}")
-    print("(halvings in the stem, groups and dropout do not show in the weights)")
-
-
-def _arrays(tree: Mapping[str, Any]) -> Iterator[np.ndarray]:
-    for value in tree.values():
-        if isinstance(value, Mapping):
-            yield from _arrays(value)
-        else:
-            yield value
+    command.run(
+        options,
+        lambda state: convert_state(
+            state, segmentation=options.segmentation, partial=options.partial
+        ),
+        settings,
+        "halvings in the stem, groups and dropout do not show in the weights",
+    )
 
 
 if __name__ == "__main__":

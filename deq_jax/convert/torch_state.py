@@ -61,6 +61,31 @@ class Module:
                 yield f"{self.theirs}.{theirs}", collection, f"{self.ours}/{ours}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of the published model and its place in ours, in the same layout.
+
+    Attributes:
+      theirs: its dotted name there.
+      ours: its path in our parameters, joined by ``/``.
+      group: as of a `Module`.
+      transposed: whether the axes of a matrix change places after all.
+    """
+
+    theirs: str
+    ours: str
+    group: str = ""
+    transposed: bool = False
+
+    def leaves(self) -> Iterator[tuple[str, str, str]]:
+        """Lists the array, as `Module.leaves` does.
+
+        Yields:
+          Name of the PyTorch tensor, our collection, our path joined by ``/``.
+        """
+        yield self.theirs, "params", self.ours
+
+
 class Converted(NamedTuple):
     """What became of a state dict.
 
@@ -173,14 +198,15 @@ def strip(name: str) -> str:
 
 def convert(
     state: Mapping[str, np.ndarray],
-    modules: Iterable[Module],
+    modules: Iterable[Module | Array],
     *,
     ignored: tuple[str, ...] = (),
     partial: bool = False,
 ) -> Converted:
     """Lays out a state dict as our parameters.
 
-    Convolutions OIHW -> HWIO, matrices (O, I) -> (I, O), weight norm's lengths (O, 1, ...) -> (O).
+    Convolutions OIHW -> HWIO, matrices (O, I) and (O, I, 1) -> (I, O), weight norm's lengths
+    (O, 1, ...) -> (O); an `Array` stays as it is.
 
     Args:
       state: name -> array.
@@ -212,7 +238,7 @@ def convert(
     for module in modules:
         for name, collection, ours in module.leaves():
             if name in rest:
-                _put(trees[collection], ours, _lay_out(rest.pop(name), name.rsplit(".", 1)[-1]))
+                _put(trees[collection], ours, _lay_out(rest.pop(name), name, module))
             elif not module.group or module.group in groups:
                 missing.append(name)
     unknown = sorted(rest)
@@ -225,9 +251,13 @@ def convert(
     return Converted(trees["params"], trees["batch_stats"], missing, unknown)
 
 
-def _lay_out(array: np.ndarray, name: str) -> np.ndarray:
-    if name == "weight_g":
+def _lay_out(array: np.ndarray, name: str, module: Module | Array) -> np.ndarray:
+    if isinstance(module, Array):
+        return array.T if module.transposed else array
+    if name.endswith(".weight_g"):
         return array.reshape(-1)
+    if array.ndim == 3 and array.shape[2] == 1:  # a convolution over positions, one wide
+        return array[..., 0].T
     if array.ndim == 4:
         return array.transpose(2, 3, 1, 0)
     return array.T  # matrices; vectors stay

@@ -13,13 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from deq_jax.models.layers import BatchNorm, Conv, resize_bilinear
+from deq_jax.models.layers import NORMAL, BatchNorm, Conv, resize_bilinear
 
 State = tuple[jax.Array, ...]
 """One float [B, H_i, W_i, C_i] for each branch, finest first, each half as high and wide."""
-
-NORMAL = nn.initializers.normal(0.01)
-"""What the published code draws every convolution from that weight norm does not own."""
 
 EXPANSION = 4
 """Channels that leave a bottleneck, over its width."""

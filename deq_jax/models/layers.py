@@ -20,6 +20,12 @@ Pair = tuple[int, int]
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
+NORMAL = nn.initializers.normal(0.01)
+"""What the published codes draw every weight from that weight norm does not own."""
+
+UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+"""Uniform in +-1/sqrt(fan in), PyTorch's default, which they leave where weight norm is."""
+
 
 class _How(NamedTuple):
     """The geometry of a convolution, a number for each of H and W."""

@@ -13,13 +13,11 @@ import flax.linen as nn
 import jax
 
 import deq_jax as deq
-from deq_jax.models.heads import NORMAL, State
-from deq_jax.models.layers import Conv, GroupNorm, upsample_nearest
+from deq_jax.models.heads import State
+from deq_jax.models.layers import NORMAL, UNIFORM, Conv, GroupNorm, upsample_nearest
 from deq_jax.reparam import WeightNorm, is_weight
 
 Init = Callable[..., jax.Array]
-UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-"""Uniform in +-1/sqrt(fan in), PyTorch's default, which is left where weight norm is."""
 
 
 def is_normalised(path: str, leaf: Any) -> bool:
