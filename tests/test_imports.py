@@ -95,7 +95,9 @@ def test_library_imports_only_what_the_table_allows(path):
             assert ok, f"{part or 'deq_jax'} may not import {name}"
         else:
             assert top in others, f"{part or 'deq_jax'} may not import {name}"
-            assert not early or top not in LATE, f"import {name} where it is used, not on top"
+            # A TFDS builder is a subclass; only TFDS and a command import that module.
+            builder = name_of(path) == "deq_jax.data.wikitext"
+            assert not early or top not in LATE or builder, f"import {name} where it is used"
 
 
 def test_absl_is_touched_in_one_place():

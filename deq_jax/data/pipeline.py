@@ -288,5 +288,20 @@ def _check(source: Source, batch_size: int, shard: tuple[int, int]) -> None:
         raise ValueError(f"got batch_size={batch_size}; wanted at least 1")
     if len(source) == 0:
         raise ValueError("got an empty source; wanted at least one example: check the split's name")
+    check_shard(shard)
+
+
+def check_shard(shard: tuple[int, int]) -> None:
+    """Refuses a process that does not exist.
+
+    Args:
+      shard: (p, n), number of a process and of all processes.
+
+    Raises:
+      ValueError: p is not one of 0, ..., n - 1.
+
+    Example:
+      >>> check_shard((0, 1))
+    """
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"got shard={shard}; wanted (p, n) with 0 <= p < n")

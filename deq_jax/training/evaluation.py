@@ -15,12 +15,13 @@ from deq_jax.training import metrics
 from deq_jax.training.config import Config
 from deq_jax.training.parallel import batch_sharding, make_mesh, replicated
 from deq_jax.training.placement import place
-from deq_jax.training.state import TrainState
+from deq_jax.training.state import TrainState, state_sharding
 from deq_jax.training.step import forward_metrics
-from deq_jax.training.task import Batch, EvalData, Task
+from deq_jax.training.task import CARRY, Batch, Carrying, EvalData, Output, Task
 
 Summarize = Callable[[Mapping[str, metrics.Mean]], dict[str, float]]
-EvalStep = Callable[[TrainState, Batch, Any], dict[str, metrics.Mean]]
+EvalStep = Callable[[TrainState, Batch, Any], tuple[dict[str, metrics.Mean], Any]]
+"""(state, batch, max_steps) -> (metrics, carry), the latter None of a task that carries nothing."""
 
 
 def make_eval_step(task: Task, mesh: Mesh) -> EvalStep:
@@ -31,18 +32,16 @@ def make_eval_step(task: Task, mesh: Mesh) -> EvalStep:
       mesh: the state is replicated over it, batches are split over it.
 
     Returns:
-      A jitted function (state, batch, max_steps) -> metrics; max_steps is traced, so that all
-      budgets share one compilation.
+      A jitted `EvalStep`; max_steps is traced, so that all budgets share one compilation.
 
     Example:
-      >>> sums = make_eval_step(task, mesh)(state, batch, 12)  # doctest: +SKIP
+      >>> sums, carry = make_eval_step(task, mesh)(state, batch, 12)  # doctest: +SKIP
     """
 
-    def step(state: TrainState, batch: Batch, max_steps: jax.Array) -> dict[str, metrics.Mean]:
-        output = _forward(task, state, batch, max_steps)
+    def measure(output: Output, batch: Batch) -> dict[str, metrics.Mean]:
         return forward_metrics(output, batch["mask"])
 
-    return _compile(step, mesh)
+    return _compile(task, measure, mesh)
 
 
 def make_diagnostic_step(task: Task, config: Config, mesh: Mesh) -> EvalStep:
@@ -54,16 +53,15 @@ def make_diagnostic_step(task: Task, config: Config, mesh: Mesh) -> EvalStep:
       mesh: as for `make_eval_step`.
 
     Returns:
-      A jitted function (state, batch, max_steps) -> metrics "spectral_radius" and "penalty" (the
-      squared Frobenius norm over the number of elements of z, the quantity that training weighs).
+      A jitted `EvalStep` of "spectral_radius" and "penalty" (the squared Frobenius norm over the
+      number of elements of z, the quantity that training weighs).
 
     Example:
-      >>> sums = make_diagnostic_step(task, config, mesh)(state, batch, 12)  # doctest: +SKIP
+      >>> sums, _ = make_diagnostic_step(task, config, mesh)(state, batch, 12)  # doctest: +SKIP
     """
     radius_key, penalty_key = jax.random.split(jax.random.key(config.train.seed))
 
-    def step(state: TrainState, batch: Batch, max_steps: jax.Array) -> dict[str, metrics.Mean]:
-        output = _forward(task, state, batch, max_steps)
+    def measure(output: Output, batch: Batch) -> dict[str, metrics.Mean]:
         if output.solution is None:
             return {}
         at, mask = output.solution.at, batch["mask"]
@@ -74,7 +72,7 @@ def make_diagnostic_step(task: Task, config: Config, mesh: Mesh) -> EvalStep:
             "penalty": metrics.Mean(penalty, jnp.float32(1)),
         }
 
-    return _compile(step, mesh)
+    return _compile(task, measure, mesh)
 
 
 class Evaluator:
@@ -98,7 +96,8 @@ class Evaluator:
           mesh: devices, from `parallel.make_mesh`; None for all devices.
           summarize: turns the merged sums of one pass into numbers.
         """
-        self._config, self._data, self._summarize = config, eval_data, summarize
+        self._task, self._config = task, config
+        self._data, self._summarize = eval_data, summarize
         self._mesh = make_mesh() if mesh is None else mesh
         self._step = make_eval_step(task, self._mesh)
         self._diagnose = make_diagnostic_step(task, config, self._mesh)
@@ -133,8 +132,13 @@ class Evaluator:
     ) -> dict[str, metrics.Mean]:
         merged: dict[str, metrics.Mean] = {}
         max_steps = jnp.int32(budget)
+        carry = None
+        if isinstance(self._task, Carrying):
+            carry = jax.device_put(self._task.carry(train=False), batch_sharding(self._mesh))
         for batch in batches:
-            measured = step(state, place(batch, self._mesh), max_steps)
+            # The optimiser's state is of no use here, and need not be traced.
+            now = state.replace(opt_state=None, carry=carry)
+            measured, carry = step(now, place(batch, self._mesh), max_steps)
             merged = metrics.merge(merged, jax.device_get(measured))
         return merged
 
@@ -167,19 +171,25 @@ def evaluate(
     return Evaluator(task, config, eval_data, mesh=mesh, summarize=summarize)(state)
 
 
-def _forward(task: Task, state: TrainState, batch: Batch, max_steps: jax.Array) -> Any:
-    return task.forward(
-        state.params,
-        state.extra,
-        batch,
-        key=None,
-        train=False,
-        warmup=False,
-        max_steps=max_steps,
-        probe=None,
+def _compile(
+    task: Task, measure: Callable[[Output, Batch], dict[str, metrics.Mean]], mesh: Mesh
+) -> EvalStep:
+    """A forward pass and what is measured of it."""
+    shared, split = replicated(mesh), batch_sharding(mesh)
+
+    def step(state: TrainState, batch: Batch, max_steps: jax.Array) -> Any:
+        output = task.forward(
+            state.params,
+            state.collections(),
+            batch,
+            key=None,
+            train=False,
+            warmup=False,
+            max_steps=max_steps,
+            probe=None,
+        )
+        return measure(output, batch), output.extra.get(CARRY)
+
+    return jax.jit(
+        step, in_shardings=(state_sharding(mesh), split, shared), out_shardings=(shared, split)
     )
-
-
-def _compile(step: EvalStep, mesh: Mesh) -> EvalStep:
-    shared = replicated(mesh)
-    return jax.jit(step, in_shardings=(shared, batch_sharding(mesh), shared), out_shardings=shared)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from deq_jax.training.parallel import replicated
-from deq_jax.training.task import Task
+from deq_jax.training.parallel import batch_sharding, replicated
+from deq_jax.training.task import CARRY, Carrying, Task
 
 
 @flax.struct.dataclass
@@ -23,12 +23,18 @@ class TrainState:
       params: trained parameters.
       opt_state: state of the optimiser.
       extra: untrained collections (batch statistics ...), {} when there are none.
+      carry: what the last batch has left to the next one, of a `Carrying` task; else None.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     extra: Any
+    carry: Any = None
+
+    def collections(self) -> Any:
+        """``extra`` as a task's `forward` wants it, the carry in it."""
+        return self.extra if self.carry is None else {**self.extra, CARRY: self.carry}
 
 
 def split_seed(seed: int) -> tuple[jax.Array, jax.Array]:
@@ -50,7 +56,7 @@ def split_seed(seed: int) -> tuple[jax.Array, jax.Array]:
 def create_state(
     task: Task, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
 ) -> TrainState:
-    """Draws the initial state, under jit, one copy on every device of the mesh.
+    """Draws the initial state, under jit: placed by `state_sharding`.
 
     Args:
       task: draws the parameters.
@@ -65,9 +71,8 @@ def create_state(
       >>> from deq_jax.training.parallel import make_mesh
       >>> state = create_state(task, optimizer, 0, make_mesh())  # doctest: +SKIP
     """
-    return jax.jit(_initializer(task, optimizer), out_shardings=replicated(mesh))(
-        split_seed(seed)[0]
-    )
+    create = jax.jit(_initializer(task, optimizer), out_shardings=state_sharding(mesh))
+    return create(split_seed(seed)[0])
 
 
 def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -86,17 +91,42 @@ def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: Me
       >>> shapes = abstract_state(task, optimizer, make_mesh())  # doctest: +SKIP
     """
     shapes = jax.eval_shape(_initializer(task, optimizer), jax.random.key(0))
-    sharding = replicated(mesh)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
-    )
+
+    def place(sharding: Any, part: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part
+        )
+
+    return jax.tree.map(place, state_sharding(mesh), shapes)
+
+
+def state_sharding(mesh: Mesh) -> Any:
+    """Where the parts of a state live: one copy on every device, what is carried split.
+
+    Args:
+      mesh: the devices.
+
+    Returns:
+      A prefix of the tree of a `TrainState`.
+
+    Example:
+      >>> from deq_jax.training.parallel import make_mesh
+      >>> state_sharding(make_mesh()).carry.spec
+      P('data',)
+    """
+    whole = replicated(mesh)
+    return TrainState(whole, whole, whole, whole, batch_sharding(mesh))
 
 
 def _initializer(task: Task, optimizer: optax.GradientTransformation) -> Any:
     def init(key: jax.Array) -> TrainState:
         params, extra = task.init(key)
         return TrainState(
-            step=jnp.int32(0), params=params, opt_state=optimizer.init(params), extra=extra
+            step=jnp.int32(0),
+            params=params,
+            opt_state=optimizer.init(params),
+            extra=extra,
+            carry=task.carry(train=True) if isinstance(task, Carrying) else None,
         )
 
     return init

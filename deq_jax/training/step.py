@@ -15,8 +15,8 @@ from deq_jax.training import metrics, regularize
 from deq_jax.training.config import Config
 from deq_jax.training.optim import make_schedule
 from deq_jax.training.parallel import batch_sharding, replicated
-from deq_jax.training.state import TrainState, split_seed
-from deq_jax.training.task import Batch, Output, Task
+from deq_jax.training.state import TrainState, split_seed, state_sharding
+from deq_jax.training.task import CARRY, Batch, Output, Task
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, metrics.Mean]]]
 
@@ -61,7 +61,7 @@ def make_train_step(
         def objective(params: Any, probe: Any) -> tuple[jax.Array, tuple[Output, jax.Array]]:
             output = task.forward(
                 params,
-                state.extra,
+                state.collections(),
                 batch,
                 key=model_key,
                 train=True,
@@ -93,11 +93,14 @@ def make_train_step(
         measured["gamma"] = metrics.Mean(drawn.gamma, one)
         measured["lr"] = metrics.Mean(learning_rate(state.step), one)
         measured["grad_norm"] = metrics.Mean(optax.tree.norm(grads), one)
-        return TrainState(state.step + 1, params, opt_state, output.extra), measured
+        extra = dict(output.extra)
+        carry = extra.pop(CARRY, None)
+        return TrainState(state.step + 1, params, opt_state, extra, carry), measured
 
     shared, split = replicated(mesh), batch_sharding(mesh)
+    state = state_sharding(mesh)
     return jax.jit(
-        step, in_shardings=(shared, split), out_shardings=(shared, shared), donate_argnums=0
+        step, in_shardings=(state, split), out_shardings=(state, shared), donate_argnums=0
     )
 
 
@@ -118,8 +121,8 @@ def forward_metrics(output: Output, mask: jax.Array) -> dict[str, metrics.Mean]:
       >>> metrics.compute(forward_metrics(output, one))
       {'loss': 0.5}
     """
-    count = mask.sum()
-    measured = {"loss": metrics.Mean(output.loss * count, count), **metrics.means(output.sums)}
+    count = output.sums["count"]
+    measured = {**metrics.means(output.sums), "loss": metrics.Mean(output.loss * count, count)}
     if output.solution is not None:
         stats = output.solution.stats
         mask = mask * (stats.num_steps > 0)  # the unrolled network solves nothing

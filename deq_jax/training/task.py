@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -15,6 +15,10 @@ Batch = Mapping[str, Any]
 
 EvalData = Callable[[], Iterable[Batch]]
 """Called at each evaluation; returns the batches of one pass over the evaluation set."""
+
+
+CARRY = "carry"
+"""Name in ``extra`` of what one batch leaves to the next, of a `Carrying` task."""
 
 
 @flax.struct.dataclass
@@ -78,6 +82,27 @@ class Task(Protocol):
 
         Returns:
           An `Output`.
+        """
+        ...
+
+
+@runtime_checkable
+class Carrying(Protocol):
+    """A task in which a batch leaves something to the next: a language model's memory of a text.
+
+    `forward` finds it as ``extra[CARRY]`` and returns its successor in ``Output.extra``.  It
+    belongs to the examples, not to the model: its leaves have the leading axis B, and are split
+    over the devices as batches are.
+    """
+
+    def carry(self, *, train: bool) -> Any:
+        """What the first batch of a training run, or of an evaluation pass, is given.
+
+        Args:
+          train: which of the two.
+
+        Returns:
+          A tree of arrays ``[B, ...]``.
         """
         ...
 
