@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 COLORS = ("#c0504d", "#2a6fb0", "#3f9b56", "#8a5bb0")
 
 NAMES = {"no_jr": "without JR", "jr": "with JR", "model": "model"}
-"""Names of the models' folders (`trunk.variants`) -> heads of the tables' columns."""
+"""Names of the models' folders (`variants.variants`) -> heads of the tables' columns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ def training_numbers(config: Config, result: TrainResult) -> dict[str, float | N
 
     Returns:
       "train_steps" and "backward_steps" (mean number in the last line of training metrics),
-      "seconds_per_step" and "images_per_second" (medians after the warm-up phase); None for what
+      "seconds_per_step" and "examples_per_second" (medians after the warm-up phase); None for what
       was not measured.
     """
     logged = [r for r in result.history if r["kind"] == "train"]
@@ -49,7 +49,7 @@ def training_numbers(config: Config, result: TrainResult) -> dict[str, float | N
         "train_steps": logged[-1].get("fwd_steps") if logged else None,
         "backward_steps": logged[-1].get("bwd_steps") if logged else None,
         "seconds_per_step": 1 / speed if speed else None,
-        "images_per_second": config.train.batch_size * speed if speed else None,
+        "examples_per_second": config.train.batch_size * speed if speed else None,
     }
 
 

@@ -16,7 +16,6 @@ from deq_jax.solvers import Solution
 from deq_jax.training import (
     BackwardConfig,
     Config,
-    JacConfig,
     SolverConfig,
     option,
     require,
@@ -173,26 +172,6 @@ def forward(
     result, updated = applied if train else (applied, extra)
     output, solution = result if solves else (result, None)
     return output, solution, updated
-
-
-def variants(config: Config, *, compare: bool) -> dict[str, JacConfig]:
-    """Which models a command trains, one after the other.
-
-    Args:
-      config: jac is read.
-      compare: whether a model without a penalty is wanted beside the configured one.
-
-    Returns:
-      Name of the model's folder -> its penalty: "no_jr" and "jr", or "model" alone.
-
-    Example:
-      >>> list(variants(Config(), compare=False))
-      ['model']
-    """
-    if not compare:
-        return {"model": config.jac}
-    plain = dataclasses.replace(config.jac, gamma=0.0, increment=0.0, warmup_gamma=0.0)
-    return {"no_jr": plain, "jr": config.jac}
 
 
 def broyden(forward: int, backward: int, stop: StopMode) -> dict[str, Any]:

@@ -104,7 +104,8 @@ def _cut(state: Mapping[str, np.ndarray], cutoffs: Sequence[int]) -> dict[str, n
     """A copy in which every cluster has a table of its own."""
     state = dict(state)
     tails = np.shape(state.get("crit.cluster_bias", ()))
-    if not tails or "word_emb.emb_layers.1.weight" in state:
+    first, second = (f"word_emb.emb_layers.{i}.weight" for i in (0, 1))
+    if not tails or first not in state or second in state:
         return state
     if len(cutoffs) != tails[0]:
         raise ValueError(

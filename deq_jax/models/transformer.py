@@ -50,6 +50,7 @@ class _LanguageModel(nn.Module):
     memory: int
     dropout: float = 0.0
     reparam: Any = deq.weight_norm
+    init_weights: Callable[..., jax.Array] = NORMAL
 
     def _setup(self) -> None:
         features = self.cell.features
@@ -60,7 +61,7 @@ class _LanguageModel(nn.Module):
             )
         if self.memory < 0:
             raise ValueError(f"memory must be at least 0 positions, got {self.memory}")
-        self.inject = nn.Dense(3 * features, kernel_init=NORMAL)
+        self.inject = nn.Dense(3 * features, kernel_init=self.init_weights)
 
     def _layers(self) -> tuple[int, ...]:
         """Axes of a memory between the streams and the positions."""
@@ -170,6 +171,7 @@ class DEQTransformer(_LanguageModel):
       memory: M, positions that a segment attends to before its own.
       dropout: of embedding, positions and output, one mask for all positions.
       reparam: reparametrisation of the cell's parameters, None for plain ones.
+      init_weights: initialiser of the injection's weights.
       solver: forward solver.
       adjoint: gradient rule; None for `Implicit(solver)`.
       fixed_point: `deq.fixed_point`, or the sharded one of `training.parallel`.
@@ -222,6 +224,7 @@ class ExplicitTransformer(_LanguageModel):
       memory: M, positions that a segment attends to before its own.
       dropout: of embedding, positions and output, one mask for all positions.
       reparam: reparametrisation of the layers' parameters, None for plain ones.
+      init_weights: initialiser of the injection's weights.
       layers: L.
       tied: whether all layers have the same weights (dropout masks included, as in a solve).
 

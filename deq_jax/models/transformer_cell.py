@@ -159,6 +159,7 @@ class TransformerCell(nn.Module):
       ValueError: for settings out of range.
 
     Example:
+      >>> from deq_jax import linen
       >>> cell = TransformerCell(features=8, heads=2, hidden=16)
       >>> z = jnp.zeros((1, 4, 8))
       >>> memory = Memory(z=z[:, :2], u=jnp.zeros((1, 2, 16)), filled=jnp.array([2]))

@@ -36,6 +36,12 @@ class TrainState:
         """``extra`` as a task's `forward` wants it, the carry in it."""
         return self.extra if self.carry is None else {**self.extra, CARRY: self.carry}
 
+    def after(self, params: Any, opt_state: Any, collections: Any) -> TrainState:
+        """The state after a step, from what it has made of parameters and `collections`."""
+        extra = dict(collections)
+        carry = extra.pop(CARRY, None)
+        return TrainState(self.step + 1, params, opt_state, extra, carry)
+
 
 def split_seed(seed: int) -> tuple[jax.Array, jax.Array]:
     """The two keys of a run.

@@ -16,7 +16,7 @@ from deq_jax.training.config import Config
 from deq_jax.training.optim import make_schedule
 from deq_jax.training.parallel import batch_sharding, replicated
 from deq_jax.training.state import TrainState, split_seed, state_sharding
-from deq_jax.training.task import CARRY, Batch, Output, Task
+from deq_jax.training.task import Batch, Output, Task
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, metrics.Mean]]]
 
@@ -93,15 +93,12 @@ def make_train_step(
         measured["gamma"] = metrics.Mean(drawn.gamma, one)
         measured["lr"] = metrics.Mean(learning_rate(state.step), one)
         measured["grad_norm"] = metrics.Mean(optax.tree.norm(grads), one)
-        extra = dict(output.extra)
-        carry = extra.pop(CARRY, None)
-        return TrainState(state.step + 1, params, opt_state, extra, carry), measured
+        return state.after(params, opt_state, output.extra), measured
 
     shared, split = replicated(mesh), batch_sharding(mesh)
     state = state_sharding(mesh)
-    return jax.jit(
-        step, in_shardings=(state, split), out_shardings=(state, shared), donate_argnums=0
-    )
+    shardings: Any = {"in_shardings": (state, split), "out_shardings": (state, shared)}
+    return jax.jit(step, donate_argnums=0, **shardings)
 
 
 def forward_metrics(output: Output, mask: jax.Array) -> dict[str, metrics.Mean]:

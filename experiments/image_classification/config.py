@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from deq_jax.training import Config, option, require
+from deq_jax.training import option, require
 from experiments import trunk
+from experiments.variants import ComparedConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,14 +78,11 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageConfig(Config):
+class ImageConfig(ComparedConfig):
     """The whole configuration."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
-    compare: bool = option(
-        False, "also train with jac.gamma = 0, and report both models side by side"
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,5 +93,3 @@ class ImageConfig(Config):
                 f"jac.gamma must be 0 for {self.model.name}, which has no equilibrium, got "
                 f"{self.jac.gamma}"
             )
-        if self.compare:
-            require(self.jac.gamma > 0, "jac.gamma", "above 0 for --compare", self.jac.gamma)

@@ -10,31 +10,27 @@ weights of another run, or from converted ones (deq_jax.convert.mdeq).
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 
 import jax
 
-from deq_jax.training import flags, train, workdir
+from deq_jax.training import flags
 from deq_jax.training.parallel import make_mesh
-from experiments import trunk
 from experiments.image_classification import report
 from experiments.image_classification.config import ImageConfig
 from experiments.image_classification.data import build_data
 from experiments.image_classification.presets import PRESETS
 from experiments.image_classification.task import ImageTask
+from experiments.variants import train_all
 
 
 def run(config: ImageConfig) -> dict[str, report.Trained]:
     """Trains "no_jr" and "jr" for a comparison, else "model"; writes the report."""
     train_data, eval_data = build_data(config)  # before anything is written: it may be missing
-    folder, mesh, start = workdir.claim(config), make_mesh(), train_data.get_state()
-    trained = {}
-    for name, jac in trunk.variants(config, compare=config.compare).items():
-        part = dataclasses.replace(config, workdir=str(folder / name), jac=jac, compare=False)
-        task = ImageTask(part, mesh)
-        train_data.set_state(start)
-        trained[name] = report.Trained(task, train(task, part, train_data, eval_data, mesh=mesh))
+    mesh = make_mesh()
+    folder, trained = train_all(
+        config, lambda part: ImageTask(part, mesh), train_data, eval_data, mesh
+    )
     sys.stdout.write(report.write(folder, config, trained, eval_data, mesh))
     return trained
 

@@ -162,7 +162,7 @@ def make_table(config: ImageConfig, columns: Mapping[str, Mapping[str, Any]]) ->
         row("steps forward in training (NFE)", "train_steps", ".1f"),
         row("steps backward in training", "backward_steps", ".1f"),
         row("seconds per training step", "seconds_per_step", ".4f"),
-        row("images per second in training", "images_per_second", ".0f"),
+        row("images per second in training", "examples_per_second", ".0f"),
     ]
     text = shared.table(["test set", *(NAMES[n] for n in columns)], [r for r in rows if r])
     return text + (_explain(config, len(columns) > 1) if solves else "")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from deq_jax.training import Config, option, require
+from deq_jax.training import option, require
 from experiments import trunk
+from experiments.variants import ComparedConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,14 +63,11 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SegmentationConfig(Config):
+class SegmentationConfig(ComparedConfig):
     """The whole configuration."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
-    compare: bool = option(
-        False, "also train with jac.gamma = 0, and report both models side by side"
-    )
     drawn: int = option(4, "evaluation images in predictions.png", may_change=True)
 
     def __post_init__(self) -> None:
@@ -77,5 +75,3 @@ class SegmentationConfig(Config):
         height, width = self.data.crop
         trunk.check_size(self.model, height, width)
         require(self.drawn >= 1, "drawn", "at least 1", self.drawn)
-        if self.compare:
-            require(self.jac.gamma > 0, "jac.gamma", "above 0 for --compare", self.jac.gamma)

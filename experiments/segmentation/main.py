@@ -11,30 +11,27 @@ equilibrium from such a folder of an ImageNet model of the same trunk, or from c
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 
 import jax
 
-from deq_jax.training import flags, train, workdir
+from deq_jax.training import flags
 from deq_jax.training.parallel import make_mesh
-from experiments import trunk
 from experiments.segmentation import data, presets, report
 from experiments.segmentation.config import SegmentationConfig
 from experiments.segmentation.task import SegmentationTask
+from experiments.variants import train_all
 
 
 def run(config: SegmentationConfig) -> dict[str, report.Trained]:
     """Trains "no_jr" and "jr" for a comparison, else "model"; writes the report."""
     sets = data.build_data(config)  # before anything is written: it may be missing
-    folder, mesh, start = workdir.claim(config), make_mesh(), sets.train.get_state()
-    trained = {}
-    for name, jac in trunk.variants(config, compare=config.compare).items():
-        part = dataclasses.replace(config, workdir=str(folder / name), jac=jac, compare=False)
-        task = SegmentationTask(part, mesh, names=sets.classes.names, weights=sets.weights)
-        sets.train.set_state(start)
-        result = train(task, part, sets.train, sets.eval, mesh=mesh, summarize=task.summarize)
-        trained[name] = report.Trained(task, result)
+    mesh, names = make_mesh(), sets.classes.names
+
+    def make_task(part: SegmentationConfig) -> SegmentationTask:
+        return SegmentationTask(part, mesh, names=names, weights=sets.weights)
+
+    folder, trained = train_all(config, make_task, sets.train, sets.eval, mesh)
     sys.stdout.write(report.write(folder, config, trained, sets, mesh))
     return trained
 

@@ -110,7 +110,7 @@ def make_table(config: SegmentationConfig, columns: Mapping[str, Mapping[str, An
         simple("steps forward in training (NFE)", "train_steps", ".1f"),
         simple("steps backward in training", "backward_steps", ".1f"),
         simple("seconds per training step", "seconds_per_step", ".3f"),
-        simple("images per second in training", "images_per_second", ".1f"),
+        simple("images per second in training", "examples_per_second", ".1f"),
     ]
     part = config.data
     text = shared.table([f"{part.name}, {part.eval_split}", *(NAMES[n] for n in columns)], rows)
