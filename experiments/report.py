@@ -21,6 +21,14 @@ NAMES = {"no_jr": "without JR", "jr": "with JR", "model": "model"}
 """Names of the models' folders (`variants.variants`) -> heads of the tables' columns."""
 
 
+STYLES = {
+    "model": {"color": COLORS[1], "marker": "o", "linestyle": "-"},
+    "no_jr": {"color": COLORS[0], "marker": "s", "linestyle": "--"},
+    "jr": {"color": COLORS[1], "marker": "o", "linestyle": "-"},
+}
+"""Likewise -> how its lines are drawn."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """A task and what its training left."""
@@ -107,6 +115,33 @@ def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figu
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.7)
     return figure, axes
+
+
+def draw_history(
+    axis: Any,
+    name: str,
+    history: Sequence[Mapping[str, Any]],
+    kind: str,
+    metric: str,
+    factor: float = 1,
+) -> None:
+    """Draws one metric over the training steps; of evaluations, that at the largest budget.
+
+    Args:
+      axis: where.
+      name: of the model's folder.
+      history: of a `TrainResult`.
+      kind: "train" or "eval".
+      metric: its name.
+      factor: what it is multiplied by.
+    """
+    records = [r for r in history if r["kind"] == kind and metric in r]
+    if kind == "eval":
+        largest = max((r["budget"] for r in records), default=0)
+        records = [r for r in records if r["budget"] == largest]
+    values = [factor * r[metric] for r in records]
+    style = STYLES[name] | {"markersize": 3}
+    axis.plot([r["step"] for r in records], values, label=NAMES[name], **style)
 
 
 def write(folder: Path, text: str, numbers: Mapping[str, Any]) -> None:

@@ -360,7 +360,7 @@ def eval_segments(
             "targets": taken[:, 1:],
             "weight": weight.astype(np.float32),
             "fresh": np.full(len(rows), begin == 0, np.float32),
-            "mask": weight.any(axis=1).astype(np.float32),
+            "mask": np.asarray(weight.any(axis=1), np.float32),
         }
 
 

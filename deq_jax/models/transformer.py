@@ -11,6 +11,7 @@ Kolter, arXiv 2106.14342.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -282,9 +283,10 @@ class ExplicitTransformer(_LanguageModel):
             weights, memory, key = own
             weights = self.stack if self.tied else weights
             params = weights if self.reparam is None else self.reparam.merge(weights)
-            local = x.replace(memory=x.memory.replace(z=memory))
+            local = dataclasses.replace(x, memory=dataclasses.replace(x.memory, z=memory))
             masks = None if key is None else cell.masks(key, z, local)
-            return cell.apply({"params": params}, z, local, masks, method=linen.once), z
+            image: Any = cell.apply({"params": params}, z, local, masks, method=linen.once)
+            return image, z
 
         memories = x.memory.z.swapaxes(0, 1)  # [L, B, M, C]
         stack = None if self.tied else self.stack

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
@@ -102,27 +103,30 @@ class Evaluator:
         self._step = make_eval_step(task, self._mesh)
         self._diagnose = make_diagnostic_step(task, config, self._mesh)
 
-    def __call__(self, state: TrainState) -> dict[int, dict[str, float]]:
+    def __call__(
+        self, state: TrainState, eval_data: EvalData | None = None
+    ) -> dict[int, dict[str, float]]:
         """Evaluates a state at every budget of `config.eval_budgets`.
 
         Args:
           state: what to evaluate.
+          eval_data: other data than usual, of the same shapes.
 
         Returns:
           budget -> metric -> mean over the examples: the task's own sums, and "loss", "fwd_steps",
           "fwd_residual" and "unconverged" (a share); at the main budget (`config.eval_steps`) also
           "spectral_radius" and "penalty" if `config.eval.spectral_batches` > 0.
         """
-        result = {}
+        data, result = eval_data or self._data, {}
         for budget in self._config.eval_budgets:
-            merged = self._pass(self._step, state, self._data(), budget)
+            merged = self._pass(self._step, state, data(), budget)
             if not merged:
                 raise ValueError("got no batch from eval_data; wanted one pass over the data")
             result[budget] = self._summarize(merged)
         batches = self._config.eval.spectral_batches
         if batches:
             budget = self._config.eval_steps
-            some = islice(self._data(), batches)
+            some = islice(data(), batches)
             measured = self._pass(self._diagnose, state, some, budget)
             result[budget] |= metrics.compute(measured)
         return result
@@ -137,7 +141,7 @@ class Evaluator:
             carry = jax.device_put(self._task.carry(train=False), batch_sharding(self._mesh))
         for batch in batches:
             # The optimiser's state is of no use here, and need not be traced.
-            now = state.replace(opt_state=None, carry=carry)
+            now = dataclasses.replace(state, opt_state=None, carry=carry)
             measured, carry = step(now, place(batch, self._mesh), max_steps)
             merged = metrics.merge(merged, jax.device_get(measured))
         return merged

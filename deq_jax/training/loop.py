@@ -183,7 +183,7 @@ class _Run:
             return state
         say(f"starting from the weights in {source}")
         params, extra = weights.adopt((state.params, state.extra), loaded, say)
-        return state.replace(params=params, extra=extra)
+        return dataclasses.replace(state, params=params, extra=extra)
 
     def _advance(self) -> None:
         try:

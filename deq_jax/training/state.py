@@ -120,7 +120,7 @@ def state_sharding(mesh: Mesh) -> Any:
       >>> state_sharding(make_mesh()).carry.spec
       P('data',)
     """
-    whole = replicated(mesh)
+    whole: Any = replicated(mesh)
     return TrainState(whole, whole, whole, whole, batch_sharding(mesh))
 
 

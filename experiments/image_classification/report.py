@@ -17,13 +17,7 @@ from deq_jax.training import EvalData
 from deq_jax.training.placement import place
 from experiments import report as shared
 from experiments.image_classification.config import ImageConfig
-from experiments.report import NAMES, Trained
-
-STYLES = {
-    "model": {"color": shared.COLORS[1], "marker": "o", "linestyle": "-"},
-    "no_jr": {"color": shared.COLORS[0], "marker": "s", "linestyle": "--"},
-    "jr": {"color": shared.COLORS[1], "marker": "o", "linestyle": "-"},
-}
+from experiments.report import NAMES, STYLES, Trained
 
 
 def residual_traces(config: ImageConfig, model: Trained, data: EvalData, mesh: Mesh) -> np.ndarray:
@@ -208,15 +202,15 @@ def draw(
     figure, (axes,) = shared.new_figure(1, count, (4.6 * count, 4.2))
     for name, model in trained.items():
         history = model.result.history
-        _draw_history(axes[0], name, history, "train", "loss", 1)
+        shared.draw_history(axes[0], name, history, "train", "loss")
         if solves:
             budgets = sorted(columns[name]["accuracy"])
             values = [100 * columns[name]["accuracy"][b] for b in budgets]
             axes[1].plot(budgets, values, label=NAMES[name], **STYLES[name])
             _draw_traces(axes[2], name, traces[name])
-            _draw_history(axes[3], name, history, "eval", "spectral_radius", 1)
+            shared.draw_history(axes[3], name, history, "eval", "spectral_radius")
         else:
-            _draw_history(axes[1], name, history, "eval", "accuracy", 100)
+            shared.draw_history(axes[1], name, history, "eval", "accuracy", 100)
     axes[0].set(xlabel="training step", ylabel="cross-entropy", yscale="log")
     axes[0].set_title("Training loss")
     if solves:
@@ -249,19 +243,6 @@ def _label_solves(axes: Any, config: ImageConfig) -> None:
     radius.set(xlabel="training step", ylabel="spectral radius of df/dz at z*")
     radius.set_ylim(bottom=0)
     radius.set_title("Stability over training")
-
-
-def _draw_history(
-    axis: Any, name: str, history: list[dict[str, Any]], kind: str, metric: str, factor: float
-) -> None:
-    """One metric over the training steps; of evaluations, that at the largest budget."""
-    records = [r for r in history if r["kind"] == kind and metric in r]
-    if kind == "eval":
-        largest = max((r["budget"] for r in records), default=0)
-        records = [r for r in records if r["budget"] == largest]
-    style = STYLES[name] | {"markersize": 3}
-    values = [factor * r[metric] for r in records]
-    axis.plot([r["step"] for r in records], values, label=NAMES[name], **style)
 
 
 def _draw_traces(axis: Any, name: str, traces: np.ndarray) -> None:

@@ -61,11 +61,18 @@ class DataConfig:
     eval_length: int = option(32, "words in an evaluation segment")
     eval_memory: int = option(32, "remembered positions before an evaluation segment")
     eval_batch_size: int = option(8, "streams that a text is evaluated in, over all devices")
+    watched: int | None = option(
+        None, "words of the validation text read by evaluations in training; none for all; the "
+        "report reads all in any case",
+        may_change=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in ("length", "eval_length", "eval_batch_size"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         require(self.eval_memory >= 0, "eval_memory", "at least 0", self.eval_memory)
+        if self.watched is not None:
+            require(self.watched >= 2, "watched", "at least 2, or none", self.watched)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

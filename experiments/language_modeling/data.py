@@ -21,12 +21,14 @@ class Texts:
     Attributes:
       corpus: the whole.
       train: endless training segments.
+      watched: one pass over what of the validation split is read in training.
       valid: one pass over the validation split.
       test: one pass over the test split.
     """
 
     corpus: text.Corpus
     train: DataIterator
+    watched: EvalData
     valid: EvalData
     test: EvalData
 
@@ -57,15 +59,16 @@ def build_data(config: LanguageConfig) -> Texts:
     except ValueError as error:
         raise UsageError(str(error)) from error
 
-    def held_out(split: str) -> EvalData:
+    def held_out(split: str, words: int | None = None) -> EvalData:
         return lambda: text.eval_segments(
-            found.splits[split],
+            found.splits[split][:words],
             batch_size=data.eval_batch_size,
             length=data.eval_length,
             shard=shard,
         )
 
-    return Texts(found, train, held_out("valid"), held_out("test"))
+    watched = held_out("valid", data.watched)
+    return Texts(found, train, watched, held_out("valid"), held_out("test"))
 
 
 def open_corpus(data: DataConfig) -> text.Corpus:

@@ -63,11 +63,10 @@ PROSE = LanguageConfig(
     ),
     data=DataConfig(length=32, eval_length=32, eval_memory=64, eval_batch_size=8),
     **solvers(8, 8),
-    jac=JacConfig(gamma=1.0, prob=0.5, budget_low=-2, budget_on="all"),
+    jac=JacConfig(gamma=0.3, prob=0.5, budget_low=-2, budget_on="all"),
     optim=OptimConfig(lr=3e-3, warmup_steps=30, clip=1.0),
     train=TrainConfig(
-        steps=600, batch_size=16, warmup_steps=0, log_every=25, eval_every=100,
-        checkpoint_every=200,
+        steps=1200, batch_size=16, log_every=25, eval_every=200, checkpoint_every=400,
     ),
     eval=EvalConfig(max_steps=16, budgets=(4, 6, 8, 12), spectral_batches=2, spectral_iters=60),
     compare=True,
@@ -80,14 +79,15 @@ WIKITEXT2 = LanguageConfig(
         dropout=0.05, init_std=0.1,
     ),
     data=DataConfig(
-        name="wikitext-2", length=64, eval_length=64, eval_memory=96, eval_batch_size=16
+        name="wikitext-2", length=64, eval_length=64, eval_memory=96, eval_batch_size=16,
+        watched=16_384,
     ),
     **solvers(10, 10),
-    jac=JacConfig(gamma=1.0, prob=0.5, budget_low=-2, budget_on="all"),
+    jac=JacConfig(gamma=0.3, prob=0.5, budget_low=-2, budget_on="all"),
     optim=OptimConfig(lr=2e-3, warmup_steps=100, clip=1.0),
     train=TrainConfig(
-        steps=2000, batch_size=16, warmup_steps=0, log_every=25, eval_every=500,
-        checkpoint_every=250,
+        steps=3000, batch_size=16, warmup_steps=200, warmup_layers=3, log_every=25,
+        eval_every=250, checkpoint_every=250,
     ),
     eval=EvalConfig(max_steps=16, budgets=(4, 6, 8, 12), spectral_batches=2, spectral_iters=60),
     compare=True,

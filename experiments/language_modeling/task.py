@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -67,7 +68,7 @@ class LanguageTask:
     ) -> Output:
         """Loss of a batch of segments; see `deq_jax.training.Task`."""
         memory = extra[CARRY]
-        memory = memory.replace(filled=jnp.where(batch["fresh"] > 0, 0, memory.filled))
+        memory = dataclasses.replace(memory, filled=jnp.where(batch["fresh"] > 0, 0, memory.filled))
         model = self.tied if warmup else self.model
         applied: Any = model.apply(
             {"params": params},

@@ -1,0 +1,144 @@
+"""Continues a text, word by word, with a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deq_jax.data import corpora, text
+from deq_jax.training import UsageError, weights
+from experiments.language_modeling import data
+from experiments.language_modeling.config import LanguageConfig, SampleConfig
+from experiments.language_modeling.task import LanguageTask
+
+FOLDERS = ("model", "jr", "no_jr")
+"""Where the models of a workdir are, the first one that is there is taken."""
+
+
+def run(config: LanguageConfig) -> str:
+    """Loads the weights of a run and continues `config.generate`.
+
+    Words are read and written one at a time: a word's equilibrium depends on the words before it
+    alone, whose equilibria the memory holds.
+
+    Args:
+      config: the configuration that the model was trained with; sample and generate are read too.
+
+    Returns:
+      The continuations, a paragraph each.
+
+    Raises:
+      UsageError: there are no weights, or they are of another model.
+    """
+    try:
+        vocabulary = data.open_corpus(config.data).vocabulary
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    model = LanguageTask(config, None, len(vocabulary))
+    params = load(config, model)
+    prompt = corpora.words_of(config.generate, lower=config.data.name == "prose")
+    known = set(vocabulary.words)
+    if strange := [word for word in prompt if word not in known]:
+        if text.UNKNOWN not in known:
+            raise UsageError(f"the vocabulary has not: {' '.join(strange)}")
+        print(f"(read as {text.UNKNOWN}: {' '.join(strange)})")
+    numbers = vocabulary.encode([prompt])[:-1]
+    if not numbers.size:
+        raise UsageError(f"got no word in --generate={config.generate!r}; wanted some text")
+    drawn = sample(config, model, params, numbers)
+    return "\n\n".join(
+        " ".join([*prompt, "|", *vocabulary.decode(row)]).replace(f" {text.EOS}", "\n")
+        for row in drawn
+    )
+
+
+def load(config: LanguageConfig, task: LanguageTask) -> Any:
+    """Reads weights, all of which must fit.
+
+    Args:
+      config: init_from and workdir are read.
+      task: the model.
+
+    Returns:
+      Its parameters.
+
+    Raises:
+      UsageError: there are none, or they are of another model.
+    """
+    workdir = Path(config.workdir).expanduser()
+    found = [workdir / name for name in FOLDERS if (workdir / name / "checkpoints").exists()]
+    folder = Path(config.init_from) if config.init_from else (*found, workdir)[0]
+    params, _ = weights.load(folder)
+    wanted = jax.eval_shape(task.init, jax.random.key(0))[0]
+    shapes = [
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (params, wanted))
+    ]
+    if shapes[0] != shapes[1]:
+        differing = sorted(n for n in shapes[0].keys() | shapes[1].keys()
+                           if shapes[0].get(n) != shapes[1].get(n))  # fmt: skip
+        name = differing[0]
+        raise UsageError(
+            f"the weights in {folder} are of another model: {name} is {shapes[0].get(name)} there "
+            f"and {shapes[1].get(name)} here; give the preset, the text and the settings of "
+            "model that it was trained with"
+        )
+    print(f"weights of {folder}")
+    return params
+
+
+def sample(
+    config: LanguageConfig, task: LanguageTask, params: Any, prompt: np.ndarray
+) -> np.ndarray:
+    """Draws continuations.
+
+    Args:
+      config: sample, data.eval_memory and the evaluation's budget are read.
+      task: the model.
+      params: its parameters.
+      prompt: int [P].
+
+    Returns:
+      int [sample.count, sample.words].
+    """
+    part = config.sample
+    memory = task.model.empty_memory(part.count, config.data.eval_memory)
+
+    @jax.jit
+    def step(params: Any, words: jax.Array, memory: Any, key: jax.Array) -> Any:
+        log_probs, memory = task.model.apply(
+            {"params": params}, words[:, None], memory, max_steps=config.eval_steps,
+            method="next_word",
+        )  # fmt: skip
+        return choose(log_probs, key, part), memory
+
+    key, drawn = jax.random.key(part.seed), []
+    given = jnp.broadcast_to(jnp.asarray(prompt)[:, None], (len(prompt), part.count))
+    for i in range(len(prompt) + part.words - 1):
+        words = given[i] if i < len(prompt) else drawn[-1]
+        following, memory = step(params, words, memory, jax.random.fold_in(key, i))
+        if i >= len(prompt) - 1:
+            drawn.append(following)
+    return np.stack(drawn, axis=1)
+
+
+def choose(log_probs: jax.Array, key: jax.Array, part: SampleConfig) -> jax.Array:
+    """Draws a word from the likeliest ones.
+
+    Args:
+      log_probs: float [B, V].
+      key: PRNG key.
+      part: temperature and top are read.
+
+    Returns:
+      int [B].
+    """
+    best, words = jax.lax.top_k(log_probs, min(part.top, log_probs.shape[-1]))  # [B, top]
+    if part.temperature == 0:
+        return words[:, 0]
+    chosen = jax.random.categorical(key, best / part.temperature)
+    return jnp.take_along_axis(words, chosen[:, None], axis=1)[:, 0]
