@@ -1,0 +1,295 @@
+"""The DEQ-Transformer: positions, memory, causality, masks, gradients, its explicit rivals."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import deq_jax as deq
+from deq_jax.models.embeddings import AdaptiveEmbedding
+from deq_jax.models.transformer import DEQTransformer, ExplicitTransformer
+from deq_jax.models.transformer_cell import (
+    TransformerCell,
+    positions,
+    relative_shift,
+    visible,
+)
+
+VOCAB, C, H, M = 30, 8, 2, 4
+TIGHT = deq.Picard(tol=1e-14, max_steps=400)  # the weights make f contract
+
+
+def build(kind=DEQTransformer, memory=M, cell=None, dropout=0.0, **how):
+    options = {"features": C, "heads": H, "hidden": 12} | (cell or {})
+    if kind is DEQTransformer:
+        how = {"solver": TIGHT} | how
+    return kind(
+        vocab=AdaptiveEmbedding(
+            vocab=VOCAB, features=C, cutoffs=(10,), div_val=2,
+            init_weights=jax.nn.initializers.normal(0.5),
+        ),
+        cell=TransformerCell(**options),
+        memory=memory,
+        dropout=dropout,
+        init_weights=jax.nn.initializers.normal(0.3),
+        **how,
+    )  # fmt: skip
+
+
+def wide(tree):
+    return jax.tree.map(
+        lambda a: a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
+    )
+
+
+@functools.cache
+def weights(tied=None, layers=3):
+    """Float32 weights of a contractive cell, the same for every model of a kind."""
+    kind = {} if tied is None else {"tied": tied, "layers": layers}
+    model = build(DEQTransformer if tied is None else ExplicitTransformer, **kind)
+    text = jnp.zeros((1, 2), jnp.int32)
+    how = {"max_steps": 0} if tied is None else {}
+    key = jax.random.key(3)
+    drawn = model.init(key, text, text, model.empty_memory(1), train=False, **how)
+
+    def shrink(path, leaf):
+        leaf = leaf.astype(jnp.float32)
+        return 0.3 * leaf if path[-1].key == "g" else leaf
+
+    return jax.tree_util.tree_map_with_path(shrink, drawn)
+
+
+def text(batch=2, length=8, seed=0):
+    words = np.random.default_rng(seed).integers(0, VOCAB, (batch, length + 1))
+    return jnp.asarray(words[:, :-1], jnp.int32), jnp.asarray(words[:, 1:], jnp.int32)
+
+
+def read(model, words, targets, memory, variables=None, **how):
+    variables = wide(weights()) if variables is None else variables
+    run = jax.jit(functools.partial(model.apply, train=False, **how))
+    return run(variables, words, targets, wide(memory))
+
+
+def test_positions_are_those_of_the_formula(x64):
+    table = np.asarray(positions(5, 6, jnp.float64))[0]
+    for row, distance in enumerate([4, 3, 2, 1, 0]):
+        for i in range(3):
+            angle = distance / 10_000 ** (2 * i / 6)
+            assert table[row, i] == pytest.approx(np.sin(angle), abs=1e-15)
+            assert table[row, 3 + i] == pytest.approx(np.cos(angle), abs=1e-15)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(3, 3), (3, 7), (1, 4)])
+def test_relative_shift_against_a_loop(queries, keys):
+    scores = np.random.default_rng(0).normal(size=(2, 3, queries, keys)).astype(np.float32)
+    shifted = np.asarray(relative_shift(jnp.asarray(scores)))
+    for i in range(queries):
+        for j in range(keys - queries + i + 1):  # those that the query may see
+            distance = keys - queries + i - j
+            np.testing.assert_array_equal(shifted[..., i, j], scores[..., i, keys - 1 - distance])
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_visible_against_a_loop(window):
+    filled = jnp.array([0, 2, 4])
+    seen = np.asarray(visible(3, 7, filled, window))
+    for b, held in enumerate([0, 2, 4]):
+        for i in range(3):
+            for j in range(7):
+                distance = 4 + i - j
+                wanted = distance >= 0 and j >= 4 - held
+                wanted = wanted and (window is None or distance < window)
+                assert seen[b, 0, i, j] == wanted
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_a_word_does_not_see_what_follows(pre_norm, x64):
+    model = build(cell={"pre_norm": pre_norm})
+    words, targets = text()
+    memory = model.empty_memory(2)
+    before = read(model, words, targets, memory)[0]
+    after = read(model, words.at[:, 5].set((words[:, 5] + 1) % VOCAB), targets, memory)[0]
+    np.testing.assert_allclose(before[:, :5], after[:, :5], atol=1e-10)
+    assert (np.abs(before - after)[:, 5:] > 1e-6).any(axis=1).all()
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("window", [None, 3])
+def test_segments_with_memory_are_one_long_text(pre_norm, window, x64):
+    """The equilibria of a text do not depend on how it is cut, as far as the memory reaches."""
+    cell = {"pre_norm": pre_norm, "window": window}
+    words, targets = text(length=12)
+    whole, whole_reading = read(
+        build(memory=0, cell=cell), words, targets, build(memory=0).empty_memory(2)
+    )
+    model = build(memory=12, cell=cell)
+    memory, parts = model.empty_memory(2), []
+    for begin in range(0, 12, 4):
+        part = slice(begin, begin + 4)
+        nll, reading = read(model, words[:, part], targets[:, part], memory)
+        memory = reading.memory
+        parts.append(nll)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-9)
+    np.testing.assert_allclose(memory.z, whole_reading.solution.value, atol=1e-9)
+    assert memory.filled.tolist() == [12, 12]
+
+
+def test_an_empty_memory_is_none(x64):
+    words, targets = text()
+    model, without = build(memory=6), build(memory=0)
+    junk = model.empty_memory(2)
+    junk = dataclasses.replace(junk, z=junk.z + 7, u=junk.u - 3)
+    nll = read(model, words, targets, junk)[0]
+    np.testing.assert_allclose(
+        nll, read(without, words, targets, without.empty_memory(2))[0], atol=1e-10
+    )
+
+
+def test_streams_do_not_see_each_other(x64):
+    model, (words, targets) = build(), text(batch=3)
+    together = read(model, words, targets, model.empty_memory(3))[0]
+    alone = read(model, words[1:2], targets[1:2], model.empty_memory(1))[0]
+    np.testing.assert_allclose(together[1:2], alone, atol=1e-10)
+
+
+def test_no_gradient_reaches_the_memory():
+    model, (words, targets) = build(solver=deq.Anderson(max_steps=5)), text()
+    memory = model.empty_memory(2)
+    memory = dataclasses.replace(memory, filled=jnp.array([M, M]))
+    grads = jax.grad(
+        lambda m: model.apply(weights(), words, targets, m, train=False)[0].sum(), allow_int=True
+    )(memory)
+    assert not np.any(grads.z) and not np.any(grads.u)
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_implicit_gradients_are_those_of_the_unrolled_network(pre_norm, x64):
+    words, targets = text(length=5)
+    memory = wide(build().empty_memory(2))
+    rng = np.random.default_rng(1)
+    memory = dataclasses.replace(
+        memory,
+        z=jnp.asarray(rng.normal(size=memory.z.shape)),
+        u=jnp.asarray(rng.normal(size=memory.u.shape)),
+        filled=jnp.array([M, 2]),
+    )
+
+    def gradient(**how):
+        model = build(cell={"pre_norm": pre_norm}, **how)
+        steps = {"max_steps": 0} if "adjoint" in how else {}
+
+        def loss(v):
+            return model.apply(v, words, targets, memory, train=False, **steps)[0].mean()
+
+        return jax.jit(jax.grad(loss))(wide(weights()))
+
+    implicit, unrolled = gradient(), gradient(adjoint=deq.Unroll(300))
+    for a, b in zip(jax.tree.leaves(implicit), jax.tree.leaves(unrolled), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6 * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_explicit_layers_are_applications_of_the_cell(tied, x64):
+    """Tied layers without memory are the warm-up network; untied ones are a loop by hand."""
+    words, targets = text(length=5)
+    model = build(ExplicitTransformer, memory=0, tied=tied, layers=3)
+    variables = wide(weights(tied))
+    nll, reading = read(model, words, targets, model.empty_memory(2), variables)
+    assert reading.solution is None
+    params = variables["params"]
+    if tied:
+        other = {**params, "equilibrium": {"f": params["stack"]}}
+        del other["stack"]
+        unrolled = build(memory=0, adjoint=deq.Unroll(3))
+        wanted = read(
+            unrolled, words, targets, unrolled.empty_memory(2), {"params": other}, max_steps=0
+        )[0]
+        np.testing.assert_allclose(nll, wanted, atol=1e-12)
+    assert {a.shape[0] for a in jax.tree.leaves(params["stack"])} == ({3} if not tied else set(
+        a.shape[0] for a in jax.tree.leaves(weights()["params"]["equilibrium"]["f"])
+    ))  # fmt: skip
+
+
+def test_explicit_layers_remember_what_each_of_them_was_given(x64):
+    """Segments with memory are one long text here too: layer by layer."""
+    words, targets = text(length=8)
+    model, whole = build(ExplicitTransformer, memory=8, layers=3), build(
+        ExplicitTransformer, memory=0, layers=3
+    )  # fmt: skip
+    variables = wide(weights(False))
+    wanted = read(whole, words, targets, whole.empty_memory(2), variables)[0]
+    first, reading = read(model, words[:, :4], targets[:, :4], model.empty_memory(2), variables)
+    second, _ = read(model, words[:, 4:], targets[:, 4:], reading.memory, variables)
+    np.testing.assert_allclose(np.concatenate([first, second], axis=1), wanted, atol=1e-11)
+    assert reading.memory.z.shape == (2, 3, 8, C)
+
+
+def test_dropout_is_one_mask_for_all_positions():
+    cell = TransformerCell(features=C, heads=H, hidden=12, dropout=0.5, attention_dropout=0.25)
+    model = build(cell={"dropout": 0.5, "attention_dropout": 0.25}, dropout=0.5)
+    z = jnp.zeros((2, 5, C))
+    x = type("X", (), {"memory": model.empty_memory(2)})()
+    masks = cell.masks(jax.random.key(0), z, x)
+    shapes = {name: mask.shape for name, mask in masks.items()}
+    assert shapes == {
+        "attention": (2, H, 5, 5 + M),
+        "attention_out": (2, 1, C),
+        "hidden": (2, 1, 12),
+        "out": (2, 1, C),
+    }
+    assert set(np.unique(masks["hidden"])) <= {0.0, 2.0}
+    assert TransformerCell(features=C, heads=H, hidden=12).masks(jax.random.key(0), z, x) == {}
+
+    words, targets = text()
+    run = jax.jit(functools.partial(model.apply, train=True))
+    nll = [
+        run(weights(), words, targets, model.empty_memory(2), rngs={"dropout": jax.random.key(k)})
+        for k in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(nll[0][0], nll[1][0])
+    assert np.abs(nll[0][0] - nll[2][0]).max() > 1e-3
+    # A solve with masks converges: f is the same function at every step.
+    solver = deq.Anderson(tol=1e-3, max_steps=40)
+    small = build(cell={"dropout": 0.1}, dropout=0.1, solver=solver)
+    _, reading = small.apply(
+        weights(), words, targets, small.empty_memory(2), train=True,
+        rngs={"dropout": jax.random.key(0)},
+    )  # fmt: skip
+    assert reading.solution.stats.converged.all()
+
+
+def test_a_word_at_a_time_is_the_whole_text(x64):
+    """What generation relies on."""
+    words, targets = text(length=5)
+    model = build(memory=8)
+    _, reading = read(model, words, targets, model.empty_memory(2))
+    memory = wide(model.empty_memory(2))
+    step = jax.jit(lambda w, m: model.apply(wide(weights()), w, m, method="next_word"))
+    for i in range(5):
+        log_probs, memory = step(words[:, i : i + 1], memory)
+    np.testing.assert_allclose(memory.z[:, -5:], reading.solution.value, atol=1e-9)
+    assert np.exp(log_probs).sum(axis=-1) == pytest.approx(np.ones(2))
+
+
+def test_settings_that_do_not_fit_are_refused():
+    for change, message in (
+        ({"features": 9}, "features must be even and divide by the heads"),
+        ({"heads": 3}, "features must be even and divide by the heads"),
+        ({"hidden": 0}, "hidden must be at least 1"),
+        ({"window": 0}, "window must be at least 1, or None"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(cell=change)
+    words = jnp.zeros((1, 2), jnp.int32)
+    for model, message in (
+        (build(memory=-1), "memory must be at least 0"),
+        (build(ExplicitTransformer, layers=0), "layers must be at least 1"),
+        (build(cell={"features": 16}), "got an embedding of 8 features for a cell of 16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            memory = build().empty_memory(1)
+            model.init(jax.random.key(0), words, words, memory, train=False)
