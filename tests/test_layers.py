@@ -48,6 +48,40 @@ class NnxMasked(NnxCell):
         return deq.masks.bernoulli(key, z.shape, 0.3)
 
 
+class LinenInjecting(nn.Module):
+    """What of the map does not depend on z is a method of its own."""
+
+    def setup(self):
+        self.inner = nn.Dense(4, kernel_init=KERNEL)
+        self.outer = nn.Dense(4)
+
+    def __call__(self, z, x, masks):
+        z = z if masks is None else z * masks
+        return jnp.tanh(self.inner(z) + x)
+
+    def inject(self, x):
+        return nn.relu(self.outer(x))
+
+    def masks(self, key, z, x):
+        return deq.masks.bernoulli(key, z.shape, 0.3)
+
+
+class NnxInjecting(nnx.Module):
+    def __init__(self, rngs):
+        self.inner = nnx.Linear(4, 4, kernel_init=KERNEL, rngs=rngs)
+        self.outer = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, z, x, masks):
+        z = z if masks is None else z * masks
+        return jnp.tanh(self.inner(z) + x)
+
+    def inject(self, x):
+        return nnx.relu(self.outer(x))
+
+    def masks(self, key, z, x):
+        return deq.masks.bernoulli(key, z.shape, 0.3)
+
+
 def inputs():
     x = jax.random.normal(jax.random.key(1), (3, 4))
     return jnp.zeros_like(x), x
@@ -79,6 +113,48 @@ def test_linen_and_nnx_agree_in_value_and_gradient(reparam):
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reparam", [None, deq.weight_norm], ids=["plain", "weight norm"])
+def test_what_a_cell_injects_is_part_of_the_map(reparam):
+    """The same equilibrium and gradients as of one function of all parameters, in both layers."""
+    z0, x = inputs()
+    linen, variables = linen_layer(LinenInjecting(), reparam=reparam)
+    layer = deq_jax.nnx.DEQ(NnxInjecting(nnx.Rngs(0)), solver=SOLVER, reparam=reparam)
+    weights = variables["params"]["f"]
+    assert set(weights) == {"inner", "outer"}
+    nnx.update(layer, {"params": weights})
+    key = jax.random.key(7)
+
+    def bare(weights, masks):
+        merged = weights if reparam is None else reparam.merge(weights)
+
+        def f(p, z, x):
+            u = nn.relu(x @ p["outer"]["kernel"] + p["outer"]["bias"][None])
+            return jnp.tanh((z * masks) @ p["inner"]["kernel"] + p["inner"]["bias"][None] + u)
+
+        return jnp.sum(deq.fixed_point(f, merged, z0, x, solver=SOLVER).value ** 2)
+
+    def linen_loss(weights):
+        value = linen.apply({"params": {"f": weights}}, z0, x, train=False).value
+        return jnp.sum(value**2)
+
+    def nnx_loss(layer, key=None):
+        return jnp.sum(layer(z0, x, key=key).value ** 2)
+
+    one = jnp.ones_like(z0)
+    wanted = jax.jit(jax.value_and_grad(bare))(weights, one)
+    ours = jax.jit(jax.value_and_grad(linen_loss))(weights)
+    value, grads = nnx.jit(nnx.value_and_grad(nnx_loss))(layer)
+    theirs = value, nnx.to_pure_dict(grads)["params"]
+    for found in (ours, theirs):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    masks = deq.masks.bernoulli(key, z0.shape, 0.3)
+    np.testing.assert_allclose(nnx_loss(layer, key), bare(weights, masks), rtol=1e-5)
+    at = linen.apply(variables, z0, x, train=False).at
+    penalty = deq.frobenius_penalty(*at, key=key)
+    assert np.isfinite(penalty) and penalty > 0
 
 
 def test_linen_gradient_is_that_of_the_bare_fixed_point():

@@ -286,7 +286,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
       SystemExit: the set cannot be prepared; it has the reason.
     """
-    parser = argparse.ArgumentParser("python -m deq_jax.data.wikitext", description="prepares it")
+    parser = argparse.ArgumentParser(
+        "python -m deq_jax.data.wikitext", description="Prepares WikiText as a TFDS set."
+    )
     parser.add_argument("--config", required=True, choices=sorted(TOKENS), help="which WikiText")
     parser.add_argument("--manual_dir", default="", help=_MANUAL)
     parser.add_argument("--data_dir", default="", help="of TFDS sets; TFDS' default if left out")

@@ -166,7 +166,10 @@ def draw(
     axes[0].set(xlabel="training step", ylabel="perplexity", yscale="log")
     axes[0].axhline(unigram, color="0.4", linewidth=1, linestyle=":", label="unigram, validation")
     axes[0].set_title("Training")
-    axes[1].set(ylabel="validation perplexity", yscale="log")
+    axes[1].set(ylabel="validation perplexity")
+    low, high = axes[1].get_ylim()
+    if high > 3 * max(low, 1):  # a model that blows up when it is stopped early
+        axes[1].set_yscale("log")
     if solves:
         _label_solves(axes, config)
     else:

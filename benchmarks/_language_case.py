@@ -1,0 +1,155 @@
+"""Measure one language case, given as JSON on the command line, and print one line of JSON."""
+
+import dataclasses
+import json
+import os
+import statistics
+import sys
+
+import numpy as np
+
+from benchmarks._case import limit_threads, peak_mb, times_ms
+
+HISTORY = 6
+"""Iterates that Anderson keeps, in both libraries."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Sizes of a model, and of the segment that it reads."""
+
+    features: int
+    heads: int
+    hidden: int
+    batch: int = 8
+    length: int = 64
+    memory: int = 64
+    words: int = 8000
+
+
+SIZES = {
+    "small": Size(128, 4, 512),
+    "medium": Size(256, 8, 1024),
+    # Of no interest but to see whether everything runs.
+    "toy": Size(16, 2, 32, batch=2, length=8, memory=12, words=50),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row: a network of a library in one of its forms, and what it does.
+
+    Attributes:
+        size: of `SIZES`.
+        network: "deq", or "explicit" for untied layers.
+        library: "deq_jax" or "torchdeq".
+        form: over how many devices the batch is split, or how PyTorch runs f.
+        task: see `benchmarks.language.TASKS`.
+        depth: evaluations of f, as many backward as forward; or the number of layers.
+        history: steps that the backward solver keeps; None for all.
+        batch: streams of text.
+        threads: on a CPU.
+        device: "cpu" or "gpu".
+    """
+
+    size: str
+    network: str
+    library: str
+    form: str
+    task: str
+    depth: int
+    history: int | None
+    batch: int
+    threads: int = 2
+    device: str = "cpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """What the models read, the same in both libraries.
+
+    Attributes:
+        words: int32 [B, T].
+        targets: int32 [B, T].
+        z: float32 [B, M, C], remembered states.
+        u: float32 [B, M, 2C], remembered injections into keys and values.
+    """
+
+    words: np.ndarray
+    targets: np.ndarray
+    z: np.ndarray
+    u: np.ndarray
+
+
+def segment(size: Size, batch: int) -> Segment:
+    """Random words after a full memory.
+
+    Args:
+        size: of the model.
+        batch: streams.
+
+    Returns:
+        One segment of every stream.
+    """
+    rng = np.random.default_rng(0)
+    words, targets = rng.integers(0, size.words, (2, batch, size.length)).astype(np.int32)
+    remembered = rng.standard_normal((batch, size.memory, 3 * size.features), dtype=np.float32)
+    z, u = np.split(remembered, [size.features], axis=2)
+    return Segment(words, targets, z, u)
+
+
+def measure(case: Case, repeats: int) -> dict:
+    """Build a case and measure it.
+
+    Args:
+        case: what to measure.
+        repeats: timed runs.
+
+    Returns:
+        The fields of the case and, in milliseconds, ms (median), best_ms and cpu_ms; tokens_s,
+        tokens per second; peak_mb of the first run; counts, evaluations of f forward and products
+        with its Jacobian in the backward solve, 0 where there is none.
+    """
+    if case.library == "deq_jax":
+        from benchmarks._language_jax import build
+    else:
+        from benchmarks._language_torch import build
+    program, counts = build(case)
+    peak = (peak_mb if case.device == "cpu" else program.peak)(program.run)
+    (times,) = times_ms([program.run], repeats)
+    walls, cpus = zip(*times, strict=True)
+    ms = statistics.median(walls)
+    return dataclasses.asdict(case) | {
+        "ms": ms,
+        "best_ms": min(walls),
+        "cpu_ms": statistics.median(cpus),
+        "tokens_s": 1e3 * case.batch * SIZES[case.size].length / ms,
+        "peak_mb": peak,
+        "counts": counts(),
+    }
+
+
+def difference(name: str) -> dict:
+    """The same weights in both libraries, at a random state and memory.
+
+    Args:
+        name: of `SIZES`.
+
+    Returns:
+        size; f and nll, the largest difference over the largest value; parameters.
+    """
+    from benchmarks import _language_jax, _language_torch
+
+    return {"size": name} | _language_jax.compare(name, *_language_torch.reference(name))
+
+
+if __name__ == "__main__":
+    request = json.loads(sys.argv[1])
+    if "compare" in request:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        print(json.dumps(difference(request["compare"])))
+    else:
+        chosen = Case(**request["case"])
+        if chosen.device == "cpu":
+            limit_threads(chosen.threads)
+        print(json.dumps(measure(chosen, request["repeats"])))
