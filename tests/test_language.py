@@ -121,6 +121,9 @@ def test_unknown_words_of_a_prompt(tmp_path, small_text, capsys):
     greedy = fields.replace(config, {"generate": "the", "sample.temperature": 0.0})
     first, second = generate.sample(greedy, task, generate.load(greedy, task), np.array([1]))
     np.testing.assert_array_equal(first, second)
+    everything = range(1, len(texts.corpus.vocabulary))
+    drawn = generate.sample(greedy, task, generate.load(greedy, task), np.array([1]), everything)
+    assert not drawn.any()  # what is left is the end of a line
     wider = fields.replace(config, {"model.hidden": 16, "generate": "the"})
     with pytest.raises(UsageError, match="are of another model: .* give the preset"):
         generate.run(wider)

@@ -266,7 +266,7 @@ class Config:
     init_from: str = option(
         "",
         "folder whose weights a new run starts from: the workdir of a trained model, or what "
-        "python -m deq_jax.convert.mdeq wrote; empty for random weights",
+        "python -m deq_jax.convert.mdeq or .transformer wrote; empty for random weights",
     )
     solver: SolverConfig = SolverConfig()
     backward: BackwardConfig = BackwardConfig()

@@ -76,7 +76,7 @@ def load(folder: Path, say: Callable[[str], None] = print) -> tuple[Any, Any]:
     if not steps:
         raise UsageError(
             f"no checkpoint in {directory}; wanted the workdir of a model (after --compare: its "
-            "folder jr or no_jr) or a folder written by python -m deq_jax.convert.mdeq"
+            "folder jr or no_jr) or a folder written by python -m deq_jax.convert.*"
         )
     refused = []
     for step in reversed(steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def run(config: LanguageConfig) -> str:
     numbers = vocabulary.encode([prompt])[:-1]
     if not numbers.size:
         raise UsageError(f"got no word in --generate={config.generate!r}; wanted some text")
-    drawn = sample(config, model, params, numbers)
+    banned = [i for i, word in enumerate(vocabulary.words) if word == text.UNKNOWN]
+    drawn = sample(config, model, params, numbers, banned)
     return "\n\n".join(
         " ".join([*prompt, "|", *vocabulary.decode(row)]).replace(f" {text.EOS}", "\n")
         for row in drawn
@@ -92,7 +94,11 @@ def load(config: LanguageConfig, task: LanguageTask) -> Any:
 
 
 def sample(
-    config: LanguageConfig, task: LanguageTask, params: Any, prompt: np.ndarray
+    config: LanguageConfig,
+    task: LanguageTask,
+    params: Any,
+    prompt: np.ndarray,
+    banned: Sequence[int] = (),
 ) -> np.ndarray:
     """Draws continuations.
 
@@ -101,6 +107,7 @@ def sample(
       task: the model.
       params: its parameters.
       prompt: int [P].
+      banned: words never drawn.
 
     Returns:
       int [sample.count, sample.words].
@@ -114,7 +121,8 @@ def sample(
             {"params": params}, words[:, None], memory, max_steps=config.eval_steps,
             method="next_word",
         )  # fmt: skip
-        return choose(log_probs, key, part), memory
+        allowed = log_probs.at[:, jnp.asarray(banned, jnp.int32)].set(-jnp.inf)
+        return choose(allowed, key, part), memory
 
     key, drawn = jax.random.key(part.seed), []
     given = jnp.broadcast_to(jnp.asarray(prompt)[:, None], (len(prompt), part.count))

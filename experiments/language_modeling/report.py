@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
 from deq_jax.data.text import unigram_perplexity
-from deq_jax.training import Evaluator
+from deq_jax.training import Batch, EvalData, Evaluator
 from experiments import report as shared
 from experiments.language_modeling.config import LanguageConfig
 from experiments.language_modeling.data import Texts
@@ -32,7 +34,10 @@ def measure(config: LanguageConfig, model: Trained, texts: Texts, mesh: Mesh) ->
     """
     task, state = model.task, model.result.state
     evaluator = Evaluator(task, config, texts.valid, mesh=mesh, summarize=task.summarize)
-    valid, test = evaluator(state), evaluator(state, texts.test)
+    valid, test = (
+        evaluator(state, _told(f"{name} text", data))
+        for name, data in (("validation", texts.valid), ("test", texts.test))
+    )
     main = valid[config.eval_steps]
     numbers = shared.training_numbers(config, model.result)
     rate = numbers["examples_per_second"]
@@ -46,6 +51,17 @@ def measure(config: LanguageConfig, model: Trained, texts: Texts, mesh: Mesh) ->
         "spectral_radius": main.get("spectral_radius"),
         "penalty": main.get("penalty"),
     }
+
+
+def _told(label: str, data: EvalData) -> EvalData:
+    """Says when a pass begins, since one may take minutes."""
+    begun = itertools.count(1)
+
+    def passes() -> Iterable[Batch]:
+        sys.stderr.write(f"reading the {label}, pass {next(begun)}\n")
+        return data()
+
+    return passes
 
 
 def write(
