@@ -4,13 +4,37 @@ A process for each case makes the number of threads and the peak memory belong t
 """
 
 import ctypes
+import dataclasses
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+NEVER = 1e-30
+"""A tolerance nobody reaches: all libraries run all their steps."""
+
+PENALTY = 0.4
+"""Weight of the Jacobian penalty, one probe, in the case "train with JR"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a library hands to the stopwatch.
+
+    Attributes:
+        run: one step or one inference; blocks until it is done.
+        evaluations: after a run, how many evaluations of f its solver counted, forward.
+        peak: on a GPU, gives the most memory in MiB that a call takes beyond what was in use.
+    """
+
+    run: Callable[[], Any]
+    evaluations: Callable[[], float]
+    peak: Callable[[Callable[[], Any]], float]
 
 
 def in_process(module: str, request: dict) -> dict:
@@ -86,6 +110,40 @@ def peak_mb(run) -> float:
     return memory_mb("VmHWM") - before
 
 
+def jax_peak_mb(run) -> float:
+    """`peak_mb` on JAX's first device, which is no CPU.
+
+    Args:
+        run: called once.
+
+    Returns:
+        Mebibytes.
+    """
+    import jax
+
+    device = jax.devices()[0]
+    before = (device.memory_stats() or {}).get("bytes_in_use", 0)
+    run()
+    return ((device.memory_stats() or {}).get("peak_bytes_in_use", 0) - before) / 2**20
+
+
+def cuda_peak_mb(run) -> float:
+    """`peak_mb` on PyTorch's CUDA device.
+
+    Args:
+        run: called once.
+
+    Returns:
+        Mebibytes.
+    """
+    import torch  # pyright: ignore[reportMissingImports]
+
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def times_ms(runs: list, repeats: int, seconds: float = 6.0) -> list[list[tuple[float, float]]]:
     """Wall times of warm runs, taken in turns so that a disturbance of the machine hits all alike.
 
@@ -107,6 +165,30 @@ def times_ms(runs: list, repeats: int, seconds: float = 6.0) -> list[list[tuple[
             wall, cpu = time.perf_counter() - start, time.process_time() - start_cpu
             out.append((1e3 * wall, 1e3 * cpu))
     return times
+
+
+def timed(program: Program, device: str, repeats: int) -> dict:
+    """Measure a program.
+
+    Args:
+        program: not yet run.
+        device: "cpu" or "gpu".
+        repeats: timed runs.
+
+    Returns:
+        In milliseconds ms (median), best_ms and cpu_ms; peak_mb of the first run; evaluations of f
+        in the forward solve.
+    """
+    peak = (peak_mb if device == "cpu" else program.peak)(program.run)
+    (times,) = times_ms([program.run], repeats)
+    walls, cpus = zip(*times, strict=True)
+    return {
+        "ms": statistics.median(walls),
+        "best_ms": min(walls),
+        "cpu_ms": statistics.median(cpus),
+        "peak_mb": peak,
+        "evaluations": program.evaluations(),
+    }
 
 
 def measure(fields: dict, repeats: int) -> dict:

@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import os
-import statistics
 import sys
+from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks._case import limit_threads, peak_mb, times_ms
+from benchmarks._case import Program, limit_threads, timed
 
 HISTORY = 6
 """Iterates that Anderson keeps, in both libraries."""
@@ -16,12 +16,11 @@ HISTORY = 6
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Sizes of a model, and of the segment that it reads."""
+    """Sizes of a model, of the segment that it reads and of its memory."""
 
     features: int
     heads: int
     hidden: int
-    batch: int = 8
     length: int = 64
     memory: int = 64
     words: int = 8000
@@ -30,8 +29,8 @@ class Size:
 SIZES = {
     "small": Size(128, 4, 512),
     "medium": Size(256, 8, 1024),
-    # Of no interest but to see whether everything runs.
-    "toy": Size(16, 2, 32, batch=2, length=8, memory=12, words=50),
+    # To see whether everything runs, and to let the libraries load what they need.
+    "toy": Size(16, 2, 32, length=8, memory=12, words=50),
 }
 
 
@@ -62,6 +61,17 @@ class Case:
     batch: int
     threads: int = 2
     device: str = "cpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step(Program):
+    """A program that may solve backward too.
+
+    Attributes:
+        products: after a run, how many products with the Jacobian its backward solver counted.
+    """
+
+    products: Callable[[], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,26 +117,26 @@ def measure(case: Case, repeats: int) -> dict:
 
     Returns:
         The fields of the case and, in milliseconds, ms (median), best_ms and cpu_ms; tokens_s,
-        tokens per second; peak_mb of the first run; counts, evaluations of f forward and products
-        with its Jacobian in the backward solve, 0 where there is none.
+        tokens per second; peak_mb of the first run of this size; evaluations of f in the forward
+        solve and products with its Jacobian in the backward one, 0 where there is none.
     """
     if case.library == "deq_jax":
         from benchmarks._language_jax import build
     else:
         from benchmarks._language_torch import build
-    program, counts = build(case)
-    peak = (peak_mb if case.device == "cpu" else program.peak)(program.run)
-    (times,) = times_ms([program.run], repeats)
-    walls, cpus = zip(*times, strict=True)
-    ms = statistics.median(walls)
-    return dataclasses.asdict(case) | {
-        "ms": ms,
-        "best_ms": min(walls),
-        "cpu_ms": statistics.median(cpus),
-        "tokens_s": 1e3 * case.batch * SIZES[case.size].length / ms,
-        "peak_mb": peak,
-        "counts": counts(),
-    }
+    if case.device == "cpu":
+        # Code and threads that a library loads at its first run are no memory of the case's.
+        build(dataclasses.replace(case, size="toy", batch=2)).run()
+    program = build(case)
+    found = timed(program, case.device, repeats)
+    return (
+        dataclasses.asdict(case)
+        | found
+        | {
+            "tokens_s": 1e3 * case.batch * SIZES[case.size].length / found["ms"],
+            "products": program.products(),
+        }
+    )
 
 
 def difference(name: str) -> dict:

@@ -7,15 +7,14 @@ evaluation that carries the gradient.
 # PyTorch and torchdeq are installed by the extra [bench] only.
 # pyright: reportMissingImports=false
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks._language_case import HISTORY, SIZES, Case, segment
+from benchmarks._case import NEVER, PENALTY, cuda_peak_mb
+from benchmarks._language_case import HISTORY, SIZES, Case, Step, segment
 from benchmarks._language_twin import Fixed, Transformer
-from benchmarks._vision_case import NEVER, PENALTY, Program
 
 
 class Solve:
@@ -26,7 +25,7 @@ class Solve:
 
         Args:
             net: whose cell is iterated.
-            case: its form, "eager" or "compiled", its task and its depth.
+            case: its form ("compiled", or else eager), its task and its depth.
         """
         import torchdeq
 
@@ -48,10 +47,10 @@ class Solve:
         self.forward = self.pulled = 0
         self.penalty: Any = 0.0
 
-    def counts(self) -> list[int]:
-        """Evaluations of f of the last forward solve, Jacobian products of the backward one."""
+    def products(self) -> float:
+        """Products with the Jacobian in the last backward solve."""
         # One more pull, after the solve, takes its result to the parameters.
-        return [self.forward, max(self.pulled - 1, 0)]
+        return float(max(self.pulled - 1, 0))
 
     def __call__(self, x: Fixed, train: bool) -> torch.Tensor:
         """Solves with the injection x."""
@@ -81,21 +80,21 @@ class Solve:
         self.pulled += 1
 
 
-def build(case: Case) -> tuple[Program, Callable[[], list[int]]]:
+def build(case: Case) -> Step:
     """Set one case up.
 
     Args:
         case: what to build.
 
     Returns:
-        The program, and what counts as `Solve.counts` does.
+        The program.
     """
     torch.manual_seed(0)
     on_gpu = case.device == "gpu"
     if on_gpu:  # TF32 is JAX's default
         torch.backends.cuda.matmul.allow_tf32 = True
     else:
-        torch.set_num_threads(case.threads)
+        torch.set_num_threads(1 if case.form == "eager, 1 thread" else case.threads)
     device, train = "cuda" if on_gpu else "cpu", case.task != "infer"
     net = Transformer(SIZES[case.size]).train(train).to(device)
     text = segment(SIZES[case.size], case.batch)
@@ -117,15 +116,9 @@ def build(case: Case) -> tuple[Program, Callable[[], list[int]]]:
             torch.cuda.synchronize()
         return after
 
-    def peak(run: Callable[[], Any]) -> float:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-
     if case.form == "compiled":
         run()  # compiling takes memory of its own
-    return Program(run, lambda: float(solve.forward), peak), solve.counts
+    return Step(run, lambda: float(solve.forward), cuda_peak_mb, solve.products)
 
 
 def remember(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

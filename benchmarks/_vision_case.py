@@ -3,20 +3,11 @@
 import dataclasses
 import json
 import os
-import statistics
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
-from benchmarks._case import limit_threads, peak_mb, times_ms
-
-NEVER = 1e-30
-"""A tolerance nobody reaches: all libraries run all their steps."""
-
-PENALTY = 0.4
-"""Weight of the Jacobian penalty, one probe, in the case "train with JR"."""
+from benchmarks._case import limit_threads, timed
 
 STOPPED = 6
 """Evaluations of f in inference."""
@@ -55,21 +46,6 @@ class Case:
     device: str = "cpu"
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What a library hands to the stopwatch.
-
-    Attributes:
-        run: one step or one inference; blocks until it is done.
-        evaluations: after a run, how many evaluations of f its solver counted, forward.
-        peak: on a GPU, gives the most memory in MiB that a call takes beyond what was in use.
-    """
-
-    run: Callable[[], Any]
-    evaluations: Callable[[], float]
-    peak: Callable[[Callable[[], Any]], float]
-
-
 def batch(images: int) -> tuple[np.ndarray, np.ndarray]:
     """Random images and labels.
 
@@ -100,16 +76,7 @@ def measure(case: Case, repeats: int) -> dict:
     else:
         from benchmarks._vision_torch import build
     program = build(case)
-    peak = (peak_mb if case.device == "cpu" else program.peak)(program.run)
-    (times,) = times_ms([program.run], repeats)
-    walls, cpus = zip(*times, strict=True)
-    return dataclasses.asdict(case) | {
-        "ms": statistics.median(walls),
-        "best_ms": min(walls),
-        "cpu_ms": statistics.median(cpus),
-        "peak_mb": peak,
-        "evaluations": program.evaluations(),
-    }
+    return dataclasses.asdict(case) | timed(program, case.device, repeats)
 
 
 def difference(name: str) -> dict:

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._vision_case import MODELS, NEVER, PENALTY, STOPPED, Case, Program, batch
+from benchmarks._case import NEVER, PENALTY, Program, jax_peak_mb
+from benchmarks._vision_case import MODELS, STOPPED, Case, batch
 
 
 def build(case: Case) -> Program:
@@ -35,16 +36,10 @@ def build(case: Case) -> Program:
     operands = (variables, images, labels, jax.random.key(1))
     program = jax.jit(step).lower(*operands).compile()
 
-    def peak(run: Callable[[], Any]) -> float:
-        device = jax.devices()[0]
-        before = (device.memory_stats() or {}).get("bytes_in_use", 0)
-        run()
-        return ((device.memory_stats() or {}).get("peak_bytes_in_use", 0) - before) / 2**20
-
     return Program(
         run=lambda: jax.block_until_ready(program(*operands)),
         evaluations=lambda: float(np.mean(program(*operands)[0])),
-        peak=peak,
+        peak=jax_peak_mb,
     )
 
 

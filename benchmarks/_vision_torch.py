@@ -8,14 +8,14 @@ the implicit gradient makes; the penalty is taken on the evaluation that carries
 # pyright: reportMissingImports=false
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks._vision_case import MODELS, NEVER, PENALTY, STOPPED, Case, Program, batch
+from benchmarks._case import NEVER, PENALTY, Program, cuda_peak_mb
+from benchmarks._vision_case import MODELS, STOPPED, Case, batch
 from benchmarks._vision_twin import Mdeq
 
 
@@ -124,15 +124,9 @@ def build(case: Case) -> Program:
         if on_gpu:
             torch.cuda.synchronize()
 
-    def peak(run: Callable[[], Any]) -> float:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-
     if case.form == "compiled":
         run()  # compiling takes memory of its own
-    return Program(run, lambda: float(solve.count), peak)
+    return Program(run, lambda: float(solve.count), cuda_peak_mb)
 
 
 def reference(name: str) -> tuple[dict, list, np.ndarray, list, np.ndarray]:

@@ -2,7 +2,8 @@
 
 import math
 
-from benchmarks import solvers, vision
+from benchmarks import language, solvers, vision
+from benchmarks._case import in_process
 from benchmarks._peers import Case
 
 
@@ -59,3 +60,38 @@ def test_vision_failures_stay_in_the_table():
     text = vision.tables([good, bad, peer])
     assert "| train | cifar10_tiny | deq_jax | 1 device | 80.0 | 5.0 | 2 | 0.80 |" in text
     assert "failed: out of memory" in text
+
+
+def test_language_plan_has_equal_evaluations_and_flat_histories():
+    parts = language.plan(language.parse([]))
+    peers, flat = parts["peers"], parts["flat"]
+    assert (len(peers), len(flat)) == (len(set(peers)), len(set(flat))) == (24, 8)
+    assert {case.depth for case in peers} == {language.DEPTH}
+    assert {(case.network, case.depth) for case in flat} == {
+        (network, depth) for network in ("deq", "explicit") for depth in (4, 8, 16, 32)
+    }
+    assert {case.history for case in flat} == {6}
+    on_gpu = language.plan(language.parse(["--device", "gpu", "--parts", "peers"]))
+    assert list(on_gpu) == ["peers"]
+    assert {case.form for case in on_gpu["peers"]} == {"1 device", "eager", "compiled"}
+
+
+def test_language_failures_stay_in_the_table():
+    good = {"size": "small", "batch": 8, "library": "deq_jax", "form": "1 device", "task": "train"}
+    good |= {"ms": 80.0, "tokens_s": 6400.0, "peak_mb": 2.0, "evaluations": 12.0, "products": 12.0}
+    peer = good | {"library": "torchdeq", "form": "eager", "ms": 100.0}
+    bad = {key: peer[key] for key in ("size", "batch", "library", "task")}
+    bad |= {"form": "eager, 1 thread", "error": "out of memory"}
+    text = language.tables({"peers": [good, bad, peer]})
+    assert "| train | deq_jax | 1 device | 80.0 | 6,400 | 2 | 0.80 |" in text
+    assert "failed: out of memory" in text and "evaluations 12 + 12 in training" in text
+
+
+def test_a_language_case_is_measured_in_its_own_process():
+    """The explicit network and the equilibrium, at the smallest size, by the path of a real run."""
+    for network, counted in (("deq", (4.0, 4.0)), ("explicit", (0.0, 0.0))):
+        case = {"size": "toy", "network": network, "library": "deq_jax", "form": "1 device"}
+        case |= {"task": "train", "depth": 4, "history": 4, "batch": 2, "threads": 1}
+        row = in_process(language.RUNNER, {"case": case, "repeats": 3})
+        assert "error" not in row, row
+        assert row["ms"] > 0 and (row["evaluations"], row["products"]) == counted

@@ -92,8 +92,10 @@ def convert_state(
     clusters = 1 + (tails[0] if tails else 0)
     for i in range(clusters):  # what is tied stands twice
         for name, copy in (("emb_layers", "out_layers"), ("emb_projs", "out_projs")):
-            first, second = f"word_emb.{name}.{i}.weight", f"crit.{copy}.{i}.weight"
-            if first in state and second in state and np.array_equal(state[first], state[second]):
+            second = f"crit.{copy}.{i}.weight"
+            # Clusters whose vectors have one length share one projection into the model.
+            first = [f"word_emb.{name}.{j}.weight" for j in (i, 0)]
+            if any(np.array_equal(state.get(n), state.get(second, ())) for n in first):
                 del state[second]
     normalised = not any(re.fullmatch(r"func\..*_net\.weight", name) for name in state)
     wanted = modules(clusters, normalised=normalised)
