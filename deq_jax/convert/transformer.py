@@ -95,7 +95,8 @@ def convert_state(
             second = f"crit.{copy}.{i}.weight"
             # Clusters whose vectors have one length share one projection into the model.
             first = [f"word_emb.{name}.{j}.weight" for j in (i, 0)]
-            if any(np.array_equal(state.get(n), state.get(second, ())) for n in first):
+            twins = [state[n] for n in first if n in state]
+            if second in state and any(np.array_equal(state[second], a) for a in twins):
                 del state[second]
     normalised = not any(re.fullmatch(r"func\..*_net\.weight", name) for name in state)
     wanted = modules(clusters, normalised=normalised)
