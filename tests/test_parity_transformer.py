@@ -5,12 +5,12 @@ laid out as its weight is.
 """
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recorded import recorded
 
 import deq_jax as deq
 from deq_jax import linen
@@ -19,23 +19,13 @@ from deq_jax.models.embeddings import AdaptiveEmbedding
 from deq_jax.models.transformer import DEQTransformer
 from deq_jax.models.transformer_cell import Injection, Memory, TransformerCell, positions
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not REFERENCE.exists(), reason="no recorded arrays beside the project"),
-]
+pytestmark = pytest.mark.slow
 
 FORMS = ("post", "pre")
 ROUNDING = 1e-12
 SOLVED = 1e-8  # relative, of what depends on an equilibrium solved to 1e-10
 C, T, M = 16, 12, 8
 TIGHT = deq.Broyden(tol=1e-13, max_steps=80, stop="abs", memory=80)
-
-
-@functools.cache
-def recorded(name):
-    with np.load(REFERENCE / f"{name}.npz") as arrays:
-        return dict(arrays)
 
 
 def model(form, solver=TIGHT, adjoint=None, dropout=0.0, attention=0.0):
@@ -135,9 +125,14 @@ def test_f_and_its_vector_jacobian_products(form, x64):
         operands = x.replace(u=u, memory=memory.replace(z=mems, u=u_memory))
         return cell.apply(merged, z, operands, method=linen.once)
 
-    image, vjp = jax.vjp(f, params, state(arrays["z"]), memory.z, x.u, memory.u)
+    @jax.jit
+    def run(v, *operands):
+        image, vjp = jax.vjp(f, *operands)
+        return image, vjp(v)
+
+    image, cotangents = run(state(arrays["v"]), params, state(arrays["z"]), memory.z, x.u, memory.u)
     close(image, state(arrays["f"]), ROUNDING)
-    d_params, d_z, d_mems, d_u, d_u_memory = vjp(state(arrays["v"]))
+    d_params, d_z, d_mems, d_u, d_u_memory = cotangents
     close(d_z, state(arrays["vjp_z"]), ROUNDING)
     close(d_mems, state(arrays["vjp_mems"]), ROUNDING)
     d_u = jnp.concatenate([jnp.pad(d_u_memory, ((0, 0), (0, 0), (C, 0))), d_u], axis=1)
@@ -225,17 +220,14 @@ def test_the_warm_up_network(form, x64):
     arrays, first = recorded(f"lm_tiny_{form}_unrolled"), recorded(f"lm_tiny_{form}_eval")
     for layers, name in ((5, "eval_ts0"), (3, "eval_ts3")):
         net = model(form, adjoint=deq.Unroll(layers))
-        empty = jax.tree.map(lambda a: a.astype(a.dtype), net.empty_memory(2))
-        nll, reading = net.apply(
-            {"params": weights(form)}, *words(first, 0), empty, train=False, max_steps=0
-        )
+        run = jax.jit(functools.partial(net.apply, train=False, max_steps=0))
+        nll, reading = run({"params": weights(form)}, *words(first, 0), net.empty_memory(2))
         close(nll, streams(arrays[f"{name}/nll"]), ROUNDING)
         close(reading.memory.z, streams(arrays[f"{name}/mems_z"]), ROUNDING)
     part = {n.removeprefix("train/"): a for n, a in arrays.items() if n.startswith("train/")}
     net = model(form, adjoint=deq.Unroll(int(arrays["n_layer"])))
-    grads, (nll, _, reading) = jax.grad(functools.partial(penalised, net), has_aux=True)(
-        weights(form), words(part), remembered(part), max_steps=0
-    )
+    run = jax.jit(jax.grad(functools.partial(penalised, net, max_steps=0), has_aux=True))
+    grads, (nll, _, reading) = run(weights(form), words(part), remembered(part))
     close(nll, streams(part["nll"]), ROUNDING)
     close(reading.memory.z, streams(part["new_mems_z"]), ROUNDING)
     close_trees(grads, gradients(arrays), 1e-11)

@@ -53,7 +53,8 @@ def weights(tied=None, layers=3):
     text = jnp.zeros((1, 2), jnp.int32)
     how = {"max_steps": 0} if tied is None else {}
     key = jax.random.key(3)
-    drawn = model.init(key, text, text, model.empty_memory(1), train=False, **how)
+    init = jax.jit(functools.partial(model.init, train=False, **how))
+    drawn = init(key, text, text, model.empty_memory(1))
 
     def shrink(path, leaf):
         leaf = leaf.astype(jnp.float32)
@@ -116,8 +117,7 @@ def test_a_word_does_not_see_what_follows(pre_norm, x64):
     assert (np.abs(before - after)[:, 5:] > 1e-6).any(axis=1).all()
 
 
-@pytest.mark.parametrize("pre_norm", [False, True])
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(("pre_norm", "window"), [(False, None), (True, 3)])
 def test_segments_with_memory_are_one_long_text(pre_norm, window, x64):
     """The equilibria of a text do not depend on how it is cut, as far as the memory reaches."""
     cell = {"pre_norm": pre_norm, "window": window}
@@ -159,9 +159,10 @@ def test_no_gradient_reaches_the_memory():
     model, (words, targets) = build(solver=deq.Anderson(max_steps=5)), text()
     memory = model.empty_memory(2)
     memory = dataclasses.replace(memory, filled=jnp.array([M, M]))
-    grads = jax.grad(
+    gradient = jax.grad(
         lambda m: model.apply(weights(), words, targets, m, train=False)[0].sum(), allow_int=True
-    )(memory)
+    )
+    grads = jax.jit(gradient)(memory)
     assert not np.any(grads.z) and not np.any(grads.u)
 
 
@@ -254,10 +255,9 @@ def test_dropout_is_one_mask_for_all_positions():
     # A solve with masks converges: f is the same function at every step.
     solver = deq.Anderson(tol=1e-3, max_steps=40)
     small = build(cell={"dropout": 0.1}, dropout=0.1, solver=solver)
-    _, reading = small.apply(
-        weights(), words, targets, small.empty_memory(2), train=True,
-        rngs={"dropout": jax.random.key(0)},
-    )  # fmt: skip
+    run = jax.jit(functools.partial(small.apply, train=True))
+    key = jax.random.key(0)
+    _, reading = run(weights(), words, targets, small.empty_memory(2), rngs={"dropout": key})
     assert reading.solution.stats.converged.all()
 
 

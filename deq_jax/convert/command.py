@@ -23,12 +23,13 @@ def parser(model: str) -> argparse.ArgumentParser:
       A parser, to which a conversion adds its own options.
 
     Example:
-      >>> parser("MDEQ").parse_args(["a.pkl", "out"]).partial
+      >>> parser("multiscale DEQ").parse_args(["a.pkl", "out"]).partial
       False
     """
     result = argparse.ArgumentParser(
         description=f"Published {model} weights -> --init_from=OUT_DIR"
     )
+    result.set_defaults(model=model)
     result.add_argument("weights", type=Path, help="PyTorch state dict, or .npz of its arrays")
     result.add_argument("out_dir", type=Path, help="folder to be written; must not have weights")
     result.add_argument(
@@ -55,14 +56,14 @@ def run(
       SystemExit: with a sentence, when the file cannot be converted.
 
     Example:
-      >>> run(parser("MDEQ").parse_args(), convert, settings, "dropout")  # doctest: +SKIP
+      >>> run(parser("multiscale DEQ").parse_args(), convert, settings, "dropout")  # doctest: +SKIP
     """
     from deq_jax.training import weights
 
     try:
         converted = convert(read(options.weights))
         if not converted.params:
-            raise ValueError(f"got no array of such a model in {options.weights}")
+            raise ValueError(f"got no array of a {options.model} in {options.weights}")
         extra = {"batch_stats": converted.batch_stats} if converted.batch_stats else {}
         source = {"file": options.weights.name, "missing": converted.missing}
         weights.save(options.out_dir, converted.params, extra, source)

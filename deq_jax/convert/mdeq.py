@@ -199,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
     Example:
       >>> main(["weights.pkl", "out_dir"])  # doctest: +SKIP
     """
-    parser = command.parser("MDEQ")
+    parser = command.parser("multiscale DEQ")
     parser.add_argument(
         "--segmentation", action="store_true", help="the head is that of segmentation"
     )

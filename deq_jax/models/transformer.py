@@ -185,8 +185,9 @@ class DEQTransformer(_LanguageModel):
       ...     solver=deq.Anderson(max_steps=5),
       ... )
       >>> words, memory = jnp.ones((2, 3), jnp.int32), model.empty_memory(2)
-      >>> variables = model.init(jax.random.key(0), words, words, memory, train=False)
-      >>> nll, reading = model.apply(variables, words, words, memory, train=False)
+      >>> init = jax.jit(lambda key: model.init(key, words, words, memory, train=False))
+      >>> apply = jax.jit(lambda v: model.apply(v, words, words, memory, train=False))
+      >>> nll, reading = apply(init(jax.random.key(0)))
       >>> nll.shape, reading.memory.filled.tolist()
       ((2, 3), [3, 3])
     """
@@ -237,8 +238,9 @@ class ExplicitTransformer(_LanguageModel):
       ...     layers=3,
       ... )
       >>> words, memory = jnp.ones((2, 3), jnp.int32), model.empty_memory(2)
-      >>> variables = model.init(jax.random.key(0), words, words, memory, train=False)
-      >>> nll, reading = model.apply(variables, words, words, memory, train=False)
+      >>> init = jax.jit(lambda key: model.init(key, words, words, memory, train=False))
+      >>> apply = jax.jit(lambda v: model.apply(v, words, words, memory, train=False))
+      >>> nll, reading = apply(init(jax.random.key(0)))
       >>> nll.shape, reading.memory.z.shape
       ((2, 3), (2, 3, 4, 8))
     """

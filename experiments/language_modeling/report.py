@@ -97,6 +97,8 @@ def write(
         f"{config.data.eval_length} words see {config.data.eval_memory} before them.  Unigram: "
         "every word guessed by its frequency.\n"
     )
+    if stability := over_training(trained):
+        text += f"\nOver training:\n\n{stability}"
     facts = {"unigram": unigram, "words": words, "predicted": predicted}
     shared.write(folder, text, columns | facts)
     draw(folder / "results.png", config, trained, columns, unigram["valid"])
@@ -147,6 +149,40 @@ def make_table(
         row("words per second in training", "tokens_per_second", ",.0f"),
     ]
     return shared.table(["text", *(NAMES[n] for n in columns)], [r for r in rows if r])
+
+
+def over_training(trained: Mapping[str, Trained]) -> str:
+    """Lays out how each model's solves went in the course of training.
+
+    Args:
+      trained: name -> model.
+
+    Returns:
+      A Markdown table, a row for each evaluation: perplexity of the watched text and spectral
+      radius at its largest budget, and the residual that training's own budget left; "" where
+      there is no solve.
+    """
+    columns: dict[str, dict[int, tuple[float, ...]]] = {}
+    for name, model in trained.items():
+        history = model.result.history
+        left = {r["step"]: r.get("fwd_residual") for r in history if r["kind"] == "train"}
+        measured = [r for r in history if r["kind"] == "eval" and "spectral_radius" in r]
+        columns[name] = {
+            r["step"]: (r["perplexity"], left[r["step"]], r["spectral_radius"])
+            for r in measured
+            if left.get(r["step"]) is not None
+        }
+    steps = sorted(set.intersection(*(set(rows) for rows in columns.values())))
+    header = ["training step"]
+    for name in columns:
+        header += [f"perplexity {NAMES[name]}", "residual", "radius"]
+    rows = []
+    for step in steps:
+        cells = [columns[name][step] for name in columns]
+        rows.append(
+            [str(step), *(c for p, r, s in cells for c in (f"{p:.1f}", f"{r:.4f}", f"{s:.2f}"))]
+        )
+    return shared.table(header, rows) if rows else ""
 
 
 def draw(
