@@ -162,7 +162,7 @@ def over_training(trained: Mapping[str, Trained]) -> str:
       radius at its largest budget, and the residual that training's own budget left; "" where
       there is no solve.
     """
-    columns: dict[str, dict[int, tuple[float, ...]]] = {}
+    columns: dict[str, dict[int, Any]] = {}
     for name, model in trained.items():
         history = model.result.history
         left = {r["step"]: r.get("fwd_residual") for r in history if r["kind"] == "train"}
