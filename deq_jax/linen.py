@@ -130,4 +130,5 @@ class DEQ(nn.Module):
             max_steps=max_steps,
             probe=probe,
         )
-        return dataclasses.replace(sol, equation=Equation(f=f, params=params, x=operand))
+        equation = sol.equation or Equation(f=f, params=params, x=operand)
+        return dataclasses.replace(sol, equation=equation)

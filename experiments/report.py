@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deq_jax.training import Config, TrainResult
+from deq_jax.training import Config, TrainResult, distributed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -144,13 +145,36 @@ def draw_history(
     axis.plot([r["step"] for r in records], values, label=NAMES[name], **style)
 
 
+def show(text: str) -> None:
+    """Writes to stdout, once for all processes of a run.
+
+    Args:
+      text: with its final newline.
+    """
+    if distributed.is_first():
+        sys.stdout.write(text)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a picture, once for all processes of a run.
+
+    Args:
+      figure: from `new_figure`.
+      path: of the PNG.
+    """
+    if distributed.is_first():
+        figure.savefig(path)
+
+
 def write(folder: Path, text: str, numbers: Mapping[str, Any]) -> None:
-    """Writes the results of an experiment: results.md and results.json.
+    """Writes the results of an experiment, results.md and results.json, once for all processes.
 
     Args:
       folder: an existing folder.
       text: the tables.
       numbers: the same and more, as JSON holds it.
     """
+    if not distributed.is_first():
+        return
     (folder / "results.md").write_text(text, encoding="utf-8")
     (folder / "results.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")

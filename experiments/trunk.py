@@ -21,7 +21,7 @@ from deq_jax.training import (
     require,
 )
 from deq_jax.training.config import StopMode
-from deq_jax.training.parallel import sharded_fixed_point
+from deq_jax.training.parallel import make_fixed_point
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def build_mdeq(config: Config, trunk: TrunkConfig, head: nn.Module, mesh: Mesh) 
         adjoint=config.backward.build_adjoint(),
         downsample=trunk.downsample,
         momentum=trunk.momentum,
-        fixed_point=sharded_fixed_point(mesh),
+        fixed_point=make_fixed_point(config, mesh),
     )
 
 

@@ -72,13 +72,13 @@ def train_all(
     Returns:
       The workdir, and name of a model -> what its training left.
     """
-    folder, start = workdir.claim(config), train_data.get_state()
-    trained = {}
-    for name, jac in variants(config).items():
-        part = dataclasses.replace(config, workdir=str(folder / name), jac=jac, compare=False)
-        task = make_task(part)
-        train_data.set_state(start)
-        summarize = getattr(task, "summarize", compute)
-        result = train(task, part, train_data, eval_data, mesh=mesh, summarize=summarize)
-        trained[name] = Trained(task, result)
-    return folder, trained
+    start, trained = train_data.get_state(), {}
+    with workdir.claimed(config) as folder:
+        for name, jac in variants(config).items():
+            part = dataclasses.replace(config, workdir=str(folder / name), jac=jac, compare=False)
+            task = make_task(part)
+            train_data.set_state(start)
+            summarize = getattr(task, "summarize", compute)
+            result = train(task, part, train_data, eval_data, mesh=mesh, summarize=summarize)
+            trained[name] = Trained(task, result)
+        return folder, trained

@@ -220,10 +220,12 @@ def test_unfit_data_is_refused(tmp_path, data, words):
 def test_a_workdir_that_cannot_be_used_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UsageError, match="choose another with --workdir"):
-        workdir.claim(Config(workdir=str(tmp_path / "file" / "run")))
+        with workdir.claimed(Config(workdir=str(tmp_path / "file" / "run"))):
+            pass
     (tmp_path / "config.json").write_text("[1, 2")
     with pytest.raises(UsageError, match="is not the configuration of a run"):
-        workdir.claim(Config(workdir=str(tmp_path)))
+        with workdir.claimed(Config(workdir=str(tmp_path))):
+            pass
     assert (tmp_path / "config.json").read_text() == "[1, 2"
 
 
@@ -251,7 +253,8 @@ def test_a_full_disk_during_training_delays_checkpoints_only(
 
 
 def test_config_json_holds_the_whole_configuration(tmp_path):
-    workdir.claim(config_for(tmp_path / "run"))
+    with workdir.claimed(config_for(tmp_path / "run")):
+        pass
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["solver"]["max_steps"] == 8
     assert saved["train"] == dataclasses.asdict(TINY.train)

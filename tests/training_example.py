@@ -22,6 +22,7 @@ from deq_jax.training import (
     Output,
     SolverConfig,
     TrainConfig,
+    distributed,
     flags,
     option,
     parallel,
@@ -98,6 +99,13 @@ def make_batch(index, size, padding=0):
     return {"x": x, "y": y, "mask": mask}
 
 
+def own(batch):
+    """The part of a batch that is this process's: neighbours, as one process would place them."""
+    part = len(batch["mask"]) // jax.process_count()
+    start = jax.process_index() * part
+    return {name: array[start : start + part] for name, array in batch.items()}
+
+
 class Batches:
     """Endless batches whose content follows from their number."""
 
@@ -108,7 +116,7 @@ class Batches:
         if self.index == self.die_at:
             os.kill(os.getpid(), self.die_by)
         self.index += 1
-        return make_batch(self.index - 1, self.size)
+        return own(make_batch(self.index - 1, self.size))
 
     def get_state(self):
         return {"index": self.index}
@@ -118,7 +126,7 @@ class Batches:
 
 
 def eval_batches():
-    return [make_batch(1_000_000, 16), make_batch(1_000_001, 16, padding=5)]
+    return [own(make_batch(1_000_000, 16)), own(make_batch(1_000_001, 16, padding=5))]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,10 +165,11 @@ def main(config):
     data = Batches(config.train.batch_size, config.data.die_at, config.data.die_by)
     result = train(task, config, data, eval_batches, mesh=mesh)
     leaves = {
-        jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(result.state)[0]
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(distributed.fetch(result.state))[0]
     }
-    np.savez(os.path.join(config.workdir, "final.npz"), allow_pickle=False, **leaves)
+    if distributed.is_first():
+        np.savez(os.path.join(config.workdir, "final.npz"), allow_pickle=False, **leaves)
     print("finished")
 
 

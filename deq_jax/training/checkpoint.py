@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from deq_jax.training import distributed
 from deq_jax.training.errors import UsageError
 from deq_jax.training.state import TrainState
 
@@ -46,6 +47,9 @@ class Checkpoints:
     A save runs in the background, one at a time.  Older checkpoints go only when a newer one is
     complete.  A checkpoint lists its files with their checksums, and the shapes of its arrays; both
     are verified before anything is restored.
+
+    The processes of a run share the folder and call everything together.  Each writes what its
+    devices alone hold, and all agree on what came of it.
     """
 
     def __init__(
@@ -68,8 +72,8 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         """Clears what a killed run left unfinished."""
         logging.getLogger("absl").addFilter(self._quiet)
-        for leftover in self._directory.glob(f"*{_UNFINISHED}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._remove(f"*{_UNFINISHED}*")
+        distributed.barrier("checkpoints")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -101,17 +105,21 @@ class Checkpoints:
         # A copy: the file is written later, when the caller may have changed its dict.
         record = {"host": json.loads(json.dumps(host)), "leaves": _describe(state)}
         path = self._path(step)
+        failure, response = None, None
         try:
             with self._context:
                 response = ocp.save_checkpointables_async(
                     str(path), {"state": state, "host": record}
                 )
         except (OSError, ValueError, RuntimeError) as error:
-            self._give_up(step, error)
+            failure = error
+        self._agree(step, failure)
 
         def complete() -> None:
+            assert response is not None
             response.result()
-            _seal(path)
+            if distributed.is_first():
+                _seal(path)
 
         self._pending = step, self._background.submit(complete)
 
@@ -124,12 +132,14 @@ class Checkpoints:
         if self._pending is None:
             return
         (step, saving), self._pending = self._pending, None
+        failure = None
         try:
             saving.result()
         except (OSError, ValueError, RuntimeError) as error:
-            self._give_up(step, error)
+            failure = error
+        self._agree(step, failure)
         for old in self.steps()[: -self._keep]:
-            shutil.rmtree(self._path(old), ignore_errors=True)
+            self._remove(self._path(old).name)
 
     def restore(self, template: TrainState) -> Restored | None:
         """Reads the newest checkpoint that is whole and belongs to this run.
@@ -145,12 +155,12 @@ class Checkpoints:
         Raises:
           UsageError: there are checkpoints, but none of them can be used; all stay as they are.
         """
-        steps, refused = self.steps(), {}
+        steps: list[int] = distributed.from_first(self.steps())
+        refused: dict[int, str] = {}
         for step in reversed(steps):
-            try:
-                restored = self._load(step, template)
-            except Exception as error:  # whatever a library makes of a damaged file
-                refused[step] = first_line(error)
+            restored, reason = self._try(step, template)
+            if restored is None:
+                refused[step] = reason
                 continue
             for bad, reason in refused.items():
                 moved = self._set_aside(bad)
@@ -167,12 +177,29 @@ class Checkpoints:
             )
         return None
 
+    def _try(self, step: int, template: TrainState) -> tuple[Restored | None, str]:
+        """Reads a checkpoint, or says why none of the processes can."""
+        restored, reason = None, ""
+        if distributed.is_first():  # one of them reads all files for the checksums
+            reason = _reason(lambda: _check_files(self._path(step)))
+        reason = distributed.from_first(reason)
+        if reason:
+            return None, reason
+
+        def load() -> None:
+            nonlocal restored
+            restored = self._load(step, template)
+
+        reason = _reason(load)
+        if distributed.largest(bool(reason)):
+            return None, distributed.from_first(reason) or "another process cannot read it"
+        return restored, ""
+
     def _path(self, step: int) -> Path:
         return self._directory / f"{step:09d}"
 
     def _load(self, step: int, template: TrainState) -> Restored:
         path = self._path(step)
-        _check_files(path)
         with self._context:
             record = ocp.load_checkpointables(str(path), {"host": None})["host"]
             reason = _mismatch(record["leaves"], _describe(template))
@@ -186,19 +213,27 @@ class Checkpoints:
         count = 0
         while (target := self._directory / f"damaged-{step:09d}-{count}").exists():
             count += 1
-        return self._path(step).rename(target)
+        return self._path(step).rename(target) if distributed.is_first() else target
 
-    def _give_up(self, step: int, error: Exception) -> None:
-        for leftover in self._directory.glob(f"{self._path(step).name}{_UNFINISHED}*"):
-            shutil.rmtree(leftover, ignore_errors=True)  # also frees the space it took
+    def _remove(self, pattern: str) -> None:
+        if distributed.is_first():
+            for folder in self._directory.glob(pattern):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _agree(self, step: int, failure: Exception | None) -> None:
+        """Raises in all processes if one of them could not save."""
+        if not distributed.largest(failure is not None):
+            return
+        self._remove(f"{self._path(step).name}{_UNFINISHED}*")  # also frees the space it took
         older = self.steps()
         kept = f"the checkpoint of step {older[-1]} is intact" if older else "there is no older one"
-        full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
-        reason = "the disk is full" if full else first_line(error)
+        reason = "another process failed" if failure is None else first_line(failure)
+        if any(words in str(failure) for words in ("No space left", "RESOURCE_EXHAUSTED")):
+            reason = "the disk is full"
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {self._directory}: "
             f"{reason}; {kept}"
-        ) from error
+        ) from failure
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -277,6 +312,15 @@ def first_line(error: Exception) -> str:
     """
     text = str(error).strip().split("\n")[0] or type(error).__name__
     return text if len(text) <= 200 else text[:200] + " ..."
+
+
+def _reason(action: Callable[[], None]) -> str:
+    """Does something; returns why it could not be done, "" if it could."""
+    try:
+        action()
+    except Exception as error:  # whatever a library makes of a damaged file
+        return first_line(error)
+    return ""
 
 
 def _files(folder: Path) -> dict[str, list[int]]:

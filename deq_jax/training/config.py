@@ -225,11 +225,16 @@ class TrainConfig:
     eval_every: int = option(0, "steps between evaluations; 0 for the end only", may_change=True)
     checkpoint_every: int = option(500, "steps between two checkpoints", may_change=True)
     keep: int = option(2, "checkpoints kept, the newest ones", may_change=True)
+    skip: int = option(
+        5, "updates in a row that may be left out because loss or gradient is not finite; one more "
+        "stops the run",
+        may_change=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "warmup_layers", "log_every"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("steps", "warmup_steps", "eval_every", "seed"):
+        for name in ("steps", "warmup_steps", "eval_every", "seed", "skip"):
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         for name in ("checkpoint_every", "keep"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
@@ -268,6 +273,17 @@ class Config:
         "folder whose weights a new run starts from: the workdir of a trained model, or what "
         "python -m deq_jax.convert.mdeq or .transformer wrote; empty for random weights",
     )
+    accumulate: int = option(
+        1, "parts that a training batch is computed in, one after the other, for one update"
+    )
+    precision: Literal["float32", "bf16"] = option(
+        "float32", "of f; bf16: f in bfloat16, parameters, solvers and all else in float32"
+    )
+    shard_above: int | None = option(
+        None, "numbers in an array of parameters from which on it is split over the devices, its "
+        "optimiser state too; none: each device holds all",
+        may_change=True,
+    )  # fmt: skip
     solver: SolverConfig = SolverConfig()
     backward: BackwardConfig = BackwardConfig()
     jac: JacConfig = JacConfig()
@@ -277,6 +293,9 @@ class Config:
 
     def __post_init__(self) -> None:
         require(bool(self.workdir), "workdir", "the name of a folder", self.workdir)
+        require(self.accumulate >= 1, "accumulate", "at least 1", self.accumulate)
+        if self.shard_above is not None:
+            require(self.shard_above >= 1, "shard_above", "at least 1, or none", self.shard_above)
         require(
             self.solver.max_steps + self.jac.budget_low >= 1,
             "jac.budget_low",

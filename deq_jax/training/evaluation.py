@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -15,8 +16,8 @@ import deq_jax as deq
 from deq_jax.training import metrics
 from deq_jax.training.config import Config
 from deq_jax.training.parallel import batch_sharding, make_mesh, replicated
-from deq_jax.training.placement import place
-from deq_jax.training.state import TrainState, state_sharding
+from deq_jax.training.placement import pad, place
+from deq_jax.training.state import TrainState
 from deq_jax.training.step import forward_metrics
 from deq_jax.training.task import CARRY, Batch, Carrying, EvalData, Output, Task
 
@@ -136,15 +137,21 @@ class Evaluator:
     ) -> dict[str, metrics.Mean]:
         merged: dict[str, metrics.Mean] = {}
         max_steps = jnp.int32(budget)
-        carry = None
-        if isinstance(self._task, Carrying):
-            carry = jax.device_put(self._task.carry(train=False), batch_sharding(self._mesh))
+        carry = self._first_carry()
         for batch in batches:
+            if carry is None:
+                batch = pad(batch, self._mesh.local_mesh.size)
             # The optimiser's state is of no use here, and need not be traced.
             now = dataclasses.replace(state, opt_state=None, carry=carry)
             measured, carry = step(now, place(batch, self._mesh), max_steps)
             merged = metrics.merge(merged, jax.device_get(measured))
         return merged
+
+    def _first_carry(self) -> Any:
+        if not isinstance(self._task, Carrying):
+            return None
+        split = batch_sharding(self._mesh)
+        return jax.jit(partial(self._task.carry, train=False), out_shardings=split)()
 
 
 def evaluate(
@@ -194,6 +201,4 @@ def _compile(
         )
         return measure(output, batch), output.extra.get(CARRY)
 
-    return jax.jit(
-        step, in_shardings=(state_sharding(mesh), split, shared), out_shardings=(shared, split)
-    )
+    return jax.jit(step, out_shardings=(shared, split))  # all that goes in has a place already

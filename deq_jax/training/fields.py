@@ -6,7 +6,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 ConfigT = TypeVar("ConfigT")
@@ -161,24 +161,29 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(saved: Mapping[str, Any], config: Any) -> list[str]:
+def differences(
+    saved: Mapping[str, Any],
+    config: Any,
+    free: Callable[[Leaf], bool] = lambda leaf: leaf.may_change,
+) -> list[str]:
     """What keeps a run of `config` from continuing a run that was saved.
 
     Args:
       saved: `to_dict` of the saved run's configuration, perhaps written by another version.
       config: the configuration now.
+      free: which fields are passed over; by default those that may change.
 
     Returns:
-      Lines such as "solver.tol: 0.001 there, 0.01 now"; fields that may change are passed over.
+      Lines such as "solver.tol: 0.001 there, 0.01 now".
 
     Example:
       >>> from deq_jax.training.config import Config, OptimConfig
       >>> differences(to_dict(Config()), Config(optim=OptimConfig(lr=0.1)))
       ['optim.lr: 0.001 there, 0.1 now']
     """
-    free = {leaf.name for leaf in leaves(config) if leaf.may_change}
+    passed = {leaf.name for leaf in leaves(config) if free(leaf)}
     then, now = flatten(saved), flatten(to_dict(config))
-    names = [name for name in [*now, *sorted(then.keys() - now.keys())] if name not in free]
+    names = [name for name in [*now, *sorted(then.keys() - now.keys())] if name not in passed]
     absent = "absent"
     return [
         f"{name}: {then.get(name, absent)} there, {now.get(name, absent)} now"

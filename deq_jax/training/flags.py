@@ -9,18 +9,28 @@ from __future__ import annotations
 
 import difflib
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar
 
+import jax
 from absl import app
 from absl import flags as absl_flags
 from absl import logging as absl_logging
 
-from deq_jax.training import fields
+from deq_jax.training import distributed, fields
 from deq_jax.training.errors import Interrupted, UsageError
+from deq_jax.training.watch import Watch, leave
 
 ConfigT = TypeVar("ConfigT")
+
+_PROCESSES = {
+    "coordinator": (str | None, "host:port of process 0, or auto to ask the cluster; see README"),
+    "num_processes": (int | None, "processes of this run"),
+    "process_id": (int | None, "which of them this one is, from 0"),
+}
+"""Flags that are no part of the configuration, which all processes share."""
 
 
 def run(main: Callable[[ConfigT], object], presets: Mapping[str, ConfigT], *, default: str) -> None:
@@ -67,13 +77,24 @@ def run(main: Callable[[ConfigT], object], presets: Mapping[str, ConfigT], *, de
     def guarded(config: Any) -> None:
         if not values["verbosity"].present:
             absl_logging.set_verbosity(absl_logging.WARNING)  # JAX tells of every absent backend
+        watch = None
         try:
+            watch = distributed.initialize(*(values[name].value for name in _PROCESSES))
             main(config)
         except (UsageError, FileNotFoundError) as error:  # the latter: a data set that is not there
+            if watch is not None:  # the others wait for this one, which must not wait for them
+                leave(f"process {jax.process_index()}: {error}", 1)
             _fail(str(error))
         except Interrupted as request:
-            sys.stderr.write(f"{request}\n")
+            sys.stderr.write(f"{request}\n" * distributed.is_first())
+            _end(watch)
             sys.exit(128 + request.signal_number)
+        except Exception as error:
+            if watch is None:
+                raise
+            traceback.print_exc()
+            leave(f"process {jax.process_index()}: {type(error).__name__}", 1)
+        _end(watch)
 
     app.run(guarded, flags_parser=parse)
 
@@ -143,6 +164,9 @@ def define(preset: str, presets: Mapping[str, Any], values: absl_flags.FlagValue
             # absl leaves a default of None out of its help.
             text = leaf.description + ("\n(default: none)" if leaf.value is None else "")
             add(absl_flags.Flag(_Parser(leaf.type), _Serializer(), leaf.name, leaf.value, text))
+    for name, (annotation, text) in _PROCESSES.items():
+        text += "\n(default: none)"
+        add(absl_flags.Flag(_Parser(annotation), _Serializer(), name, None, text))
 
 
 def parse_config(config: ConfigT, argv: Sequence[str], values: absl_flags.FlagValues) -> ConfigT:
@@ -170,7 +194,7 @@ def parse_config(config: ConfigT, argv: Sequence[str], values: absl_flags.FlagVa
     try:
         rest = values(list(argv))
     except absl_flags.UnrecognizedFlagError as error:
-        hint = _did_you_mean(error.flagname, [*names, "preset"])
+        hint = _did_you_mean(error.flagname, [*names, *_PROCESSES, "preset"])
         raise UsageError(f"unknown flag --{error.flagname}{hint}") from error
     except absl_flags.Error as error:
         raise UsageError(str(error)) from error
@@ -245,6 +269,13 @@ def _did_you_mean(word: str, known: Any) -> str:
     last = word.rpartition(".")[2]
     close += [n for n in known if n.rpartition(".")[2] == last and n not in close]
     return f"; did you mean {' or '.join(close[:3])}?" if close else ""
+
+
+def _end(watch: Watch | None) -> None:
+    """The end of this process is no surprise to the others."""
+    if watch is not None:
+        distributed.barrier("end")
+        watch.close()
 
 
 def _fail(message: str) -> NoReturn:

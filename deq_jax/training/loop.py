@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import signal
 import time
 from functools import partial
@@ -14,7 +13,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from deq_jax.training import fields, metrics, weights, workdir
+from deq_jax.training import distributed, fields, metrics, weights, workdir
 from deq_jax.training.checkpoint import CheckpointError, Checkpoints
 from deq_jax.training.config import Config
 from deq_jax.training.console import Console
@@ -23,7 +22,7 @@ from deq_jax.training.evaluation import Evaluator, Summarize
 from deq_jax.training.optim import make_optimizer
 from deq_jax.training.parallel import make_mesh
 from deq_jax.training.placement import place
-from deq_jax.training.signals import StopRequest
+from deq_jax.training.signals import StopRequest, Votes
 from deq_jax.training.state import TrainState, abstract_state, create_state
 from deq_jax.training.step import make_train_step
 from deq_jax.training.task import DataIterator, EvalData, Task
@@ -76,8 +75,9 @@ def train(
       A `TrainResult`.
 
     Raises:
-      UsageError: the workdir holds another configuration or no usable checkpoint; the loss is no
-        longer finite; a batch does not divide over the devices; the final state cannot be saved.
+      UsageError: the workdir holds another configuration or no usable checkpoint, or is in use; the
+        loss is no longer finite; a batch does not divide over the devices; the final state cannot
+        be saved.
       Interrupted: SIGTERM or SIGINT came; a checkpoint was saved.
 
     Example:
@@ -85,13 +85,13 @@ def train(
       >>> result.evaluation[config.eval_steps]["loss"]  # doctest: +SKIP
     """
     mesh = make_mesh() if mesh is None else mesh
-    folder = workdir.claim(config)
     evaluator = None
     if eval_data is not None:
         evaluator = Evaluator(task, config, eval_data, mesh=mesh, summarize=summarize)
     with (
+        workdir.claimed(config) as folder,
         StopRequest() as stop,
-        Console(config.train.steps, enabled=jax.process_index() == 0) as console,
+        Console(config.train.steps, enabled=distributed.is_first()) as console,
         Checkpoints(
             folder / "checkpoints",
             keep=config.train.keep,
@@ -103,7 +103,8 @@ def train(
             task, config, train_data, evaluator, mesh, folder, console, checkpoints, summarize
         )
         evaluation = run.to_the_end(stop)
-    return TrainResult(run.state, evaluation, read_history(folder))
+        distributed.barrier("trained")  # process 0 has written all that the others read now
+        return TrainResult(run.state, evaluation, read_history(folder))
 
 
 class _Run:
@@ -132,11 +133,15 @@ class _Run:
         self.in_warmup: bool | None = None
         self.pending: list[tuple[int, dict[str, metrics.Mean]]] = []  # on the devices
         self.window: dict[str, metrics.Mean] = {}  # on the host, since the last line of metrics
-        state = self._restore(abstract_state(task, optimizer, mesh))
+        self.skipped: list[int] = []  # steps whose update was left out, in a row up to now
+        self.votes = Votes(mesh, _AHEAD)
+        state = self._restore(abstract_state(task, optimizer, mesh, shard_above=config.shard_above))
         self.state = self._begin(task, optimizer) if state is None else state
         self._restart_clock()
         try:
-            self.writer = MetricWriter(self.folder, self.step, self.console.say)
+            self.writer = MetricWriter(
+                self.folder, self.step, self.console.say, enabled=distributed.is_first()
+            )
         except OSError as error:
             raise UsageError(f"cannot write metrics to {self.folder}: {error.strerror}") from error
 
@@ -145,8 +150,8 @@ class _Run:
         every = self.config.train
         evaluation: dict[int, dict[str, float]] = {}
         while self.step < every.steps:
-            if stop.number is not None:
-                self._leave(stop.number)
+            if number := self.votes.poll(stop.number):
+                self._leave(number)
             self._advance()
             if self._is_due(every.log_every):
                 self._log()
@@ -154,8 +159,8 @@ class _Run:
                 evaluation = self._evaluate(self.evaluator)
             if self._is_due(every.checkpoint_every):
                 self._save_if_possible()
-        if stop.number is not None:  # what the caller would do next must not begin
-            self._leave(stop.number)
+        if number := distributed.largest(stop.number or 0):  # what comes next must not begin
+            self._leave(number)
         if self.evaluator is not None and not evaluation:  # the run was finished already
             evaluation = self.evaluator(self.state)
         self.checkpoints.finish()
@@ -170,6 +175,7 @@ class _Run:
             return None
         self.data.set_state(restored.host["data"])
         self.window = metrics.from_json(restored.host["window"])
+        self.skipped = list(restored.host.get("skipped", ()))
         self.step = self.saved_step = int(restored.state.step)
         self.console.say(f"resuming {self.folder} at step {self.step}")
         return restored.state
@@ -178,7 +184,13 @@ class _Run:
         """The state of step 0: random weights, or those that the configuration names."""
         source, say = self.config.init_from, self.console.say
         loaded = weights.load(Path(source), say) if source else None
-        state = create_state(task, optimizer, self.config.train.seed, self.mesh)
+        state = create_state(
+            task,
+            optimizer,
+            self.config.train.seed,
+            self.mesh,
+            shard_above=self.config.shard_above,
+        )
         if loaded is None:
             return state
         say(f"starting from the weights in {source}")
@@ -210,23 +222,29 @@ class _Run:
         self.clock = (time.perf_counter(), self.step)
 
     def _flush(self) -> None:
-        """Fetches the metrics of the steps since the last flush and checks that they are finite."""
+        """Fetches the metrics of the steps since the last flush."""
         fetched = jax.device_get(self.pending)
         self.pending = []
         for step, measured in fetched:
-            for name in ("loss", "grad_norm"):
-                if not math.isfinite(measured[name].total):
-                    self._complain(name, step, fetched[0][0], fetched[-1][0])
             self.window = metrics.merge(self.window, measured)
+            if not measured["skipped"].total:
+                self.skipped = []
+                continue
+            self.skipped.append(step)
+            self.console.say(f"step {step}: loss or gradient is not finite, no update was made")
+            if len(self.skipped) > self.config.train.skip:
+                self._complain()
 
-    def _complain(self, name: str, step: int, first: int, last: int) -> NoReturn:
+    def _complain(self) -> NoReturn:
         self.checkpoints.finish()
         saved = self.checkpoints.steps()
-        good = f"the checkpoint of step {saved[-1]} is from before" if saved else "none was saved"
+        good = f"the checkpoint of step {saved[-1]} is good" if saved else "none was saved"
+        first, last = self.skipped[0], self.skipped[-1]
+        where = f"at step {last}" if first == last else f"at steps {first} to {last}"
         raise UsageError(
-            f"{name} is not finite at step {step} (found on checking steps {first} to {last}); "
-            f"{good}.  Lower optim.lr, set optim.clip or raise jac.gamma, in another --workdir: "
-            "the same run would fail again"
+            f"loss or gradient is not finite {where}: more than train.skip = "
+            f"{self.config.train.skip} updates in a row; {good}.  Lower optim.lr, set optim.clip "
+            "or raise jac.gamma, in another --workdir: the same run would fail again"
         )
 
     def _log(self) -> None:
@@ -260,6 +278,7 @@ class _Run:
             "config": fields.to_dict(self.config),
             "data": self.data.get_state(),
             "window": metrics.to_json(self.window),
+            "skipped": self.skipped,
         }
         self.checkpoints.save(self.step, self.state, host)
         self.saved_step = self.step

@@ -13,6 +13,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from deq_jax import implicit, tree
 from deq_jax.implicit import Adjoint, BackwardStats, Map
 from deq_jax.solvers import Solution, Solver, SolveStats
+from deq_jax.training.config import Config
+from deq_jax.training.precision import in_bfloat16
 from deq_jax.tree import PyTree
 
 AXIS = "data"
@@ -53,6 +55,52 @@ def replicated(mesh: Mesh) -> NamedSharding:
       No axis split.
     """
     return NamedSharding(mesh, PartitionSpec())
+
+
+def make_fixed_point(config: Config, mesh: Mesh | None) -> Callable[..., Solution]:
+    """The `fixed_point` that a configuration asks for.
+
+    Args:
+      config: precision is read.
+      mesh: the devices over which solves are split; None for one device.
+
+    Returns:
+      A function with the signature of `deq_jax.fixed_point`.
+
+    Example:
+      >>> make_fixed_point(Config(), None) is implicit.fixed_point
+      True
+    """
+    solve = implicit.fixed_point if mesh is None else sharded_fixed_point(mesh)
+    return in_bfloat16(solve) if config.precision == "bf16" else solve
+
+
+def leaf_sharding(leaf: Any, mesh: Mesh, shard_above: int | None) -> NamedSharding:
+    """Where an array of parameters lives.
+
+    Args:
+      leaf: anything with a shape.
+      mesh: from `make_mesh`.
+      shard_above: arrays of at least so many numbers are split along their longest axis that the
+        number of devices divides; None for none.
+
+    Returns:
+      The sharding; replicated for small arrays, and for those that cannot be split evenly.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> n = jax.device_count()
+      >>> leaf_sharding(jnp.ones((3, 4 * n)), make_mesh(), 2).spec
+      P(None, 'data')
+    """
+    shape = np.shape(leaf)
+    even = [axis for axis, length in enumerate(shape) if length and length % mesh.size == 0]
+    if shard_above is None or np.prod(shape) < shard_above or not even:
+        return replicated(mesh)
+    longest = max(even, key=lambda axis: shape[axis])
+    return NamedSharding(
+        mesh, PartitionSpec(*(AXIS if a == longest else None for a in range(longest + 1)))
+    )
 
 
 def sharded_fixed_point(mesh: Mesh) -> Callable[..., Solution]:

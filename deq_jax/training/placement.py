@@ -13,6 +13,33 @@ from deq_jax.training.parallel import batch_sharding
 from deq_jax.training.task import Batch
 
 
+def pad(batch: Batch, multiple: int) -> Batch:
+    """Fills a batch up, so that it can be split.
+
+    Args:
+      batch: numpy arrays [B, ...] with "mask".
+      multiple: what B is to be a multiple of.
+
+    Returns:
+      The batch with copies of its first example, whose mask is 0, at the end.
+
+    Example:
+      >>> pad({"x": np.array([7, 8, 9]), "mask": np.ones(3)}, 2)["x"].tolist()
+      [7, 8, 9, 7]
+    """
+    size = np.size(batch.get("mask", ()))
+    missing = -size % multiple
+    if size == 0 or missing == 0:
+        return batch
+
+    def filled(name: str, array: Any) -> np.ndarray:
+        array = np.asarray(array)
+        copies = np.repeat(array[:1], missing, axis=0)
+        return np.concatenate([array, 0 * copies if name == "mask" else copies])
+
+    return {name: filled(name, array) for name, array in batch.items()}
+
+
 def place(batch: Batch, mesh: Mesh) -> dict[str, Any]:
     """Splits every array of a batch over the "data" axis of the mesh.
 

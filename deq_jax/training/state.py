@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from deq_jax.training.parallel import batch_sharding, replicated
+from deq_jax.training.parallel import batch_sharding, leaf_sharding, replicated
 from deq_jax.training.task import CARRY, Carrying, Task
 
 
@@ -60,15 +61,21 @@ def split_seed(seed: int) -> tuple[jax.Array, jax.Array]:
 
 
 def create_state(
-    task: Task, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    *,
+    shard_above: int | None = None,
 ) -> TrainState:
-    """Draws the initial state, under jit: placed by `state_sharding`.
+    """Draws the initial state, under jit: placed as `abstract_state` says.
 
     Args:
       task: draws the parameters.
       optimizer: draws up its own state.
       seed: of the whole run.
       mesh: where the state lives.
+      shard_above: see `parallel.leaf_sharding`.
 
     Returns:
       The state at step 0.
@@ -77,17 +84,28 @@ def create_state(
       >>> from deq_jax.training.parallel import make_mesh
       >>> state = create_state(task, optimizer, 0, make_mesh())  # doctest: +SKIP
     """
-    create = jax.jit(_initializer(task, optimizer), out_shardings=state_sharding(mesh))
-    return create(split_seed(seed)[0])
+    shapes = abstract_state(task, optimizer, mesh, shard_above=shard_above)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    return jax.jit(_initializer(task, optimizer), out_shardings=shardings)(split_seed(seed)[0])
 
 
-def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    shard_above: int | None = None,
+) -> TrainState:
     """The shapes, dtypes and shardings of `create_state`, without computing anything.
+
+    Parameters and the optimiser's state are placed by `parallel.leaf_sharding`, what is carried is
+    split by examples, and every device holds all of the rest.
 
     Args:
       task: as for `create_state`.
       optimizer: as for `create_state`.
       mesh: as for `create_state`.
+      shard_above: as for `create_state`.
 
     Returns:
       A TrainState of `jax.ShapeDtypeStruct`.
@@ -98,30 +116,21 @@ def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: Me
     """
     shapes = jax.eval_shape(_initializer(task, optimizer), jax.random.key(0))
 
-    def place(sharding: Any, part: Any) -> Any:
+    def place(part: Any, choose: Callable[[Any], NamedSharding]) -> Any:
         return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=choose(leaf)), part
         )
 
-    return jax.tree.map(place, state_sharding(mesh), shapes)
+    def table(leaf: Any) -> NamedSharding:
+        return leaf_sharding(leaf, mesh, shard_above)
 
-
-def state_sharding(mesh: Mesh) -> Any:
-    """Where the parts of a state live: one copy on every device, what is carried split.
-
-    Args:
-      mesh: the devices.
-
-    Returns:
-      A prefix of the tree of a `TrainState`.
-
-    Example:
-      >>> from deq_jax.training.parallel import make_mesh
-      >>> state_sharding(make_mesh()).carry.spec
-      P('data',)
-    """
-    whole: Any = replicated(mesh)
-    return TrainState(whole, whole, whole, whole, batch_sharding(mesh))
+    return TrainState(
+        step=place(shapes.step, lambda _: replicated(mesh)),
+        params=place(shapes.params, table),
+        opt_state=place(shapes.opt_state, table),
+        extra=place(shapes.extra, lambda _: replicated(mesh)),
+        carry=place(shapes.carry, lambda _: batch_sharding(mesh)),
+    )
 
 
 def _initializer(task: Task, optimizer: optax.GradientTransformation) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,12 @@ import optax
 from jax.sharding import Mesh
 
 import deq_jax as deq
-from deq_jax.training import metrics, regularize
+from deq_jax.training import accumulation, metrics, regularize
+from deq_jax.training.accumulation import Gradients
 from deq_jax.training.config import Config
 from deq_jax.training.optim import make_schedule
 from deq_jax.training.parallel import batch_sharding, replicated
-from deq_jax.training.state import TrainState, split_seed, state_sharding
+from deq_jax.training.state import TrainState, abstract_state, split_seed
 from deq_jax.training.task import Batch, Output, Task
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, metrics.Mean]]]
@@ -31,37 +33,122 @@ def make_train_step(
 ) -> TrainStep:
     """Builds the compiled step of one phase of training.
 
-        minimise  loss(params) + gamma(step) * Bernoulli(prob) * penalty(params)
-
     Args:
       task: model and loss.
       config: the whole configuration.
       optimizer: from `optim.make_optimizer`.
-      mesh: the state is replicated over it, batches are split over it.
+      mesh: batches are split over it; the state is placed as `state.abstract_state` says.
       warmup: True for the phase that trains the weight-tied unrolled network.
 
     Returns:
-      A jitted function (state, batch) -> (state, metrics).  The state given is donated: it must not
-      be used again.  Metrics are `Mean`s; see `_metrics` and the end of `step` for their names.
+      `make_update`, jitted.  The state given is donated: it must not be used again.
 
     Example:
       >>> step = make_train_step(task, config, optimizer, mesh)  # doctest: +SKIP
       >>> state, metrics = step(state, batch)  # doctest: +SKIP
     """
+    step = make_update(task, config, optimizer, mesh=mesh, warmup=warmup)
+    shapes = abstract_state(task, optimizer, mesh, shard_above=config.shard_above)
+    state = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    shardings: Any = {
+        "in_shardings": (state, batch_sharding(mesh)),
+        "out_shardings": (state, replicated(mesh)),
+    }
+    return jax.jit(step, donate_argnums=0, **shardings)
+
+
+def make_update(
+    task: Task,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh | None = None,
+    axis: str | None = None,
+    warmup: bool = False,
+) -> TrainStep:
+    """Builds the step as a pure function, for whoever compiles it in a way of their own.
+
+        minimise  loss(params) + gamma(step) * Bernoulli(prob) * penalty(params)
+
+    An update is left out if objective or gradient is not finite: the state stays as it was but for
+    its step, and the metrics count nothing but "skipped".
+
+    Args:
+      task: model and loss.
+      config: the whole configuration.
+      optimizer: from `optim.make_optimizer`.
+      mesh: the devices that jit splits the batch over; None for one device, or with `axis`.
+      axis: name of the axis of `jax.pmap` or `jax.shard_map` in which every device calls this with
+        its own part of the batch: gradients, metrics and ``extra`` are averaged over it.
+      warmup: True for the phase that trains the weight-tied unrolled network.
+
+    Returns:
+      A function (state, batch) -> (state, metrics), `Mean`s that stand for all devices: "loss", the
+      task's own, statistics of both solves, "penalty", "budget", "gamma", "lr", "grad_norm",
+      "skipped".
+
+    Example:
+      >>> update = make_update(task, config, optimizer, axis="data")  # doctest: +SKIP
+      >>> step = jax.pmap(update, axis_name="data")  # doctest: +SKIP
+    """
     root = split_seed(config.train.seed)[1]
     learning_rate = make_schedule(config.optim, config.train.steps)
-    penalised = regularize.is_used(config, warmup=warmup)
+    gradients = _make_gradients(task, config, warmup)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, metrics.Mean]]:
-        key = jax.random.fold_in(root, state.step)
-        model_key, draw_key, probe_key = jax.random.split(key, 3)
+        model_key, draw_key, probe_key = jax.random.split(jax.random.fold_in(root, state.step), 3)
         drawn = regularize.draw(config, state.step, draw_key)
+        if axis is not None:
+            index = jax.lax.axis_index(axis)
+            model_key, probe_key = (jax.random.fold_in(k, index) for k in (model_key, probe_key))
+        found = accumulation.over_parts(
+            lambda *part: gradients(state.params, drawn, *part),
+            state.collections(),
+            batch,
+            (model_key, probe_key),
+            config.accumulate,
+            mesh,
+        )
+        if axis is not None:
+            found = accumulation.over_devices(found, axis)
+        updates, opt_state = optimizer.update(found.grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        norm = optax.tree.norm(found.grads)
+        finite = jnp.isfinite(found.objective) & jnp.isfinite(norm)
+        one = jnp.float32(1)
+        measured = dict(found.measured)
+        if not warmup:
+            measured["budget"] = metrics.Mean(drawn.budget.astype(jnp.float32), one)
+        measured["gamma"] = metrics.Mean(drawn.gamma, one)
+        measured["lr"] = metrics.Mean(learning_rate(state.step), one)
+        measured["grad_norm"] = metrics.Mean(norm, one)
+        measured = _select(finite, measured, jax.tree.map(jnp.zeros_like, measured))
+        measured["skipped"] = metrics.Mean(1 - finite.astype(jnp.float32), one)
+        after = state.after(params, opt_state, found.collections)
+        kept = dataclasses.replace(state, step=after.step)
+        return _select(finite, after, kept), measured
+
+    return step
+
+
+def _select(condition: jax.Array, yes: Any, no: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _make_gradients(task: Task, config: Config, warmup: bool) -> Callable[..., Gradients]:
+    """Gradients and metrics of one part of a batch."""
+    penalised = regularize.is_used(config, warmup=warmup)
+
+    def gradients(
+        params: Any, drawn: Any, collections: Any, batch: Batch, model_key: Any, probe_key: Any
+    ) -> Gradients:
         budget = 0 if warmup else drawn.budget  # an int: no solve is compiled
 
         def objective(params: Any, probe: Any) -> tuple[jax.Array, tuple[Output, jax.Array]]:
             output = task.forward(
                 params,
-                state.collections(),
+                collections,
                 batch,
                 key=model_key,
                 train=True,
@@ -77,28 +164,18 @@ def make_train_step(
         # The gradient with respect to the probe is no gradient: it carries the statistics of the
         # backward solve.  The unrolled network has no such solve.
         probe = None if warmup else deq.backward_probe(batch["mask"])
-        (_, (output, penalty)), (grads, backward) = jax.value_and_grad(
+        (value, (output, penalty)), (grads, backward) = jax.value_and_grad(
             objective, argnums=(0, 1), has_aux=True
-        )(state.params, probe)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-
+        )(params, probe)
         measured = forward_metrics(output, batch["mask"])
-        one = jnp.float32(1)
         if penalised:
             measured["penalty"] = metrics.Mean(penalty, drawn.penalise.astype(jnp.float32))
         if not warmup:
             measured |= _backward_metrics(backward, batch["mask"])
-            measured["budget"] = metrics.Mean(drawn.budget.astype(jnp.float32), one)
-        measured["gamma"] = metrics.Mean(drawn.gamma, one)
-        measured["lr"] = metrics.Mean(learning_rate(state.step), one)
-        measured["grad_norm"] = metrics.Mean(optax.tree.norm(grads), one)
-        return state.after(params, opt_state, output.extra), measured
+        count = output.sums["count"].astype(jnp.float32)
+        return Gradients(grads, value, count, output.extra, measured)
 
-    shared, split = replicated(mesh), batch_sharding(mesh)
-    state = state_sharding(mesh)
-    shardings: Any = {"in_shardings": (state, split), "out_shardings": (state, shared)}
-    return jax.jit(step, donate_argnums=0, **shardings)
+    return gradients
 
 
 def forward_metrics(output: Output, mask: jax.Array) -> dict[str, metrics.Mean]:

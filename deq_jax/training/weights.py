@@ -134,8 +134,9 @@ def adopt(
             misfits[name] = f"{name} ({list(found.shape)} there, {list(leaf.shape)} here)"
         else:
             taken.append(name)
-            # To the sharding that the model's own array has.
-            return jax.device_put(jax.device_get(found).astype(leaf.dtype), leaf.sharding)
+            value = jax.device_get(found).astype(leaf.dtype)
+            # To the sharding that the model's own array has, of which this process may hold a part.
+            return jax.make_array_from_callback(value.shape, leaf.sharding, lambda i: value[i])
         return leaf
 
     result = jax.tree_util.tree_map_with_path(choose, own)

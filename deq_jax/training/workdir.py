@@ -2,39 +2,74 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
-from deq_jax.training import fields
+import jax
+
+from deq_jax.training import distributed, fields
 from deq_jax.training.config import Config
 from deq_jax.training.errors import UsageError
 
 CONFIG = "config.json"
+LOCK = "lock"
 
 
-def claim(config: Config) -> Path:
+@contextlib.contextmanager
+def claimed(config: Config) -> Iterator[Path]:
     """Creates `config.workdir`, or checks that it holds a run of the same configuration.
+
+    While entered, no other run can enter the same folder: a lock that the operating system drops
+    when the process ends, however it ends.
 
     Args:
       config: the configuration of this run; written to config.json.
 
-    Returns:
+    Yields:
       The folder.
 
     Raises:
       UsageError: the folder holds a run of another configuration, whose config.json is left as it
-        is; or the folder cannot be written.
+        is; another run is at work in it; it cannot be written; or processes of one run do not see
+        the same folder or the same configuration.
 
     Example:
       >>> import tempfile
-      >>> claim(Config(workdir=tempfile.mkdtemp() + "/run")).name
+      >>> with claimed(Config(workdir=tempfile.mkdtemp() + "/run")) as folder:
+      ...     folder.name
       'run'
     """
     folder = Path(config.workdir).expanduser().absolute()
     path = folder / CONFIG
+    with contextlib.ExitStack() as stack:
+        problem = ""
+        if distributed.is_first():
+            try:
+                _begin(config, path, stack)
+            except UsageError as error:
+                problem = str(error)
+        problem = distributed.from_first(problem)
+        if not problem:
+            problem = "" if distributed.is_first() else _differs(config, path)
+            # Whoever has no problem of its own leaves for those who have.
+            if distributed.largest(bool(problem)) and not problem:
+                problem = "another process of this run cannot go on; see what it says"
+        if problem:
+            raise UsageError(problem)
+        yield folder
+
+
+def _begin(config: Config, path: Path, stack: contextlib.ExitStack) -> None:
+    folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(_lock(folder / LOCK))
         if path.exists():
             _check(config, path)
         temporary = path.with_suffix(".tmp")
@@ -44,7 +79,46 @@ def claim(config: Config) -> Path:
         raise UsageError(
             f"cannot write to workdir {folder}: {error.strerror}; choose another with --workdir"
         ) from error
-    return folder
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Holds a lock; where the file system knows none, there is none."""
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UsageError(
+                f"workdir {path.parent} is in use by another run ({file.read().strip()}); wait for "
+                "it to end, or choose another folder with --workdir"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                raise
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _differs(config: Config, path: Path) -> str:
+    """Why a process of this run cannot go on with what process 0 has written, in words."""
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return (
+            f"process {jax.process_index()} does not see {path}, which process 0 has written; "
+            "--workdir must be on storage that all processes share"
+        )
+    # Data may lie elsewhere on another machine; all else decides what processes do together.
+    differing = fields.differences(saved, config, free=lambda leaf: leaf.name.startswith("data."))
+    if differing:
+        return (
+            f"process {jax.process_index()} was started with other flags than process 0: "
+            f"{'; '.join(differing)}"
+        )
+    return ""
 
 
 def _check(config: Config, path: Path) -> None:

@@ -43,7 +43,12 @@ class MetricWriter:
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], step: int, say: Callable[[str], None]
+        self,
+        workdir: str | os.PathLike[str],
+        step: int,
+        say: Callable[[str], None],
+        *,
+        enabled: bool = True,
     ) -> None:
         """Opens the files.
 
@@ -51,8 +56,11 @@ class MetricWriter:
           workdir: an existing folder.
           step: records after this step are dropped from what is there.
           say: called with a sentence when something cannot be written.
+          enabled: False on all processes but one: nothing is opened or written.
         """
-        self._say = say
+        self._say, self._enabled = say, enabled
+        if not enabled:
+            return
         self._path = Path(workdir) / HISTORY
         self._unsaved: list[bytes] = []
         kept = [r for r in read_history(workdir) if r["step"] <= step]
@@ -72,6 +80,8 @@ class MetricWriter:
           values: name -> number.
           budget: the solver budget of an evaluation.
         """
+        if not self._enabled:
+            return
         tags = {} if budget is None else {"budget": budget}
         self._unsaved.append(_line({"kind": kind, "step": step, **tags, **values}))
         try:

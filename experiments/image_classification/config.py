@@ -63,6 +63,12 @@ class DataConfig:
         True, "decode the whole set once, for sets of one image size", may_change=True
     )
     workers: int = option(0, "processes that decode, for sets not in memory", may_change=True)
+    on_corrupt: Literal["stop", "skip"] = option(
+        "stop",
+        "a record that cannot be read: stop with its name; or skip, which tells of it, trains on "
+        "another one instead and evaluates without it",
+        may_change=True,
+    )
     eval_batch_size: int = option(120, "examples in an evaluation batch, over all devices")
 
     def __post_init__(self) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 
 from deq_jax.data import augment, images, pipeline, sources
+from deq_jax.data.records import Reader
 from deq_jax.training import DataIterator, EvalData, UsageError
+from experiments import corrupt
 from experiments.image_classification.config import DataConfig, ImageConfig
 
 # Of the size that the model sees: ImageNet is evaluated on the centre of images of 256.
 RESIZE = 256 / 224
 
 
+@corrupt.in_words()
 def build_data(config: ImageConfig) -> tuple[DataIterator, EvalData]:
     """Opens the image set.
 
@@ -27,7 +31,8 @@ def build_data(config: ImageConfig) -> tuple[DataIterator, EvalData]:
     Raises:
       MissingData: the set is not prepared.
       ValueError: it has no such split.
-      UsageError: its classes or images are not those of the model.
+      UsageError: its classes or images are not those of the model; a record cannot be read, which
+        the batches also raise.
     """
     data, processes = config.data, jax.process_count()
     train, test = (open_set(config, split) for split in (data.train_split, data.eval_split))
@@ -47,16 +52,20 @@ def build_data(config: ImageConfig) -> tuple[DataIterator, EvalData]:
         augment=build_augment(data),
         shard=shard,
         workers=data.workers,
+        on_corrupt=data.on_corrupt,
     )
     resized = augment.ResizeCrop(round(RESIZE * data.size), data.size)
     fixed = augment.Then((resized, standardize)) if data.augment == "resized_crop" else standardize
-    return batches, lambda: pipeline.eval_batches(
+    one_pass = functools.partial(
+        pipeline.eval_batches,
         test,
         batch_size=data.eval_batch_size // processes,
         transform=fixed,
         shard=shard,
         threads=data.workers,
+        on_corrupt=data.on_corrupt,
     )
+    return corrupt.Training(batches), corrupt.passes(one_pass)
 
 
 def open_set(config: ImageConfig, split: str) -> Any:
@@ -71,6 +80,7 @@ def open_set(config: ImageConfig, split: str) -> Any:
 
     Raises:
       UsageError: its classes or images are not those of the model.
+      CorruptRecord: a record that is read here cannot be read.
     """
     data, classes = config.data, config.model.classes
     if data.name == "digits":
@@ -79,10 +89,10 @@ def open_set(config: ImageConfig, split: str) -> Any:
         opened = sources.open_tfds(data.name, split, data.dir)
         found = sources.num_classes(opened)
         source = sources.Fields(opened, {"image": "image", "label": "label"})
-        source = sources.in_memory(source) if data.in_memory else source
+        source = sources.in_memory(source, data.on_corrupt) if data.in_memory else source
     if found not in (None, classes):
         raise UsageError(f"{data.name} has {found} classes; set model.classes, which is {classes}")
-    shape = source[0]["image"].shape
+    shape = Reader(source, on_corrupt=data.on_corrupt).first()["image"].shape
     if data.augment != "resized_crop" and shape != (data.size, data.size, data.colors):
         raise UsageError(
             f"{data.name} has images of {shape}; set data.size and data.colors, which are "

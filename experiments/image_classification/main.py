@@ -10,12 +10,11 @@ weights of another run, or from converted ones (deq_jax.convert.mdeq).
 
 from __future__ import annotations
 
-import sys
-
 import jax
 
 from deq_jax.training import flags
 from deq_jax.training.parallel import make_mesh
+from experiments import report as shared
 from experiments.image_classification import report
 from experiments.image_classification.config import ImageConfig
 from experiments.image_classification.data import build_data
@@ -31,7 +30,7 @@ def run(config: ImageConfig) -> dict[str, report.Trained]:
     folder, trained = train_all(
         config, lambda part: ImageTask(part, mesh), train_data, eval_data, mesh
     )
-    sys.stdout.write(report.write(folder, config, trained, eval_data, mesh))
+    shared.show(report.write(folder, config, trained, eval_data, mesh))
     return trained
 
 

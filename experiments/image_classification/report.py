@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from deq_jax.models.mdeq import MDEQ
 from deq_jax.training import EvalData
-from deq_jax.training.placement import place
+from deq_jax.training.distributed import fetch
+from deq_jax.training.placement import pad, place
 from experiments import report as shared
 from experiments.image_classification.config import ImageConfig
 from experiments.report import NAMES, STYLES, Trained
@@ -48,8 +49,9 @@ def residual_traces(config: ImageConfig, model: Trained, data: EvalData, mesh: M
     parts = []
     for batch in data():
         state = model.result.state
-        traced = np.asarray(trace(state.params, state.extra, place(batch, mesh)))
-        parts.append(traced[:, batch["mask"] > 0])
+        placed = place(pad(batch, mesh.local_mesh.size), mesh)
+        traced, mask = fetch((trace(state.params, state.extra, placed), placed["mask"]))
+        parts.append(traced[:, mask > 0])
     return np.concatenate(parts, axis=1)
 
 
@@ -220,7 +222,7 @@ def draw(
         axes[1].set_title("Accuracy")
     for axis in axes:
         axis.legend(frameon=False)
-    figure.savefig(path)
+    shared.save(figure, path)
 
 
 def _label_solves(axes: Any, config: ImageConfig) -> None:

@@ -18,6 +18,7 @@ import jax
 
 from deq_jax.training import flags
 from deq_jax.training.parallel import make_mesh
+from experiments import report as shared
 from experiments.language_modeling import generate, report
 from experiments.language_modeling.config import LanguageConfig
 from experiments.language_modeling.data import build_data
@@ -36,7 +37,7 @@ def run(config: LanguageConfig) -> dict[str, report.Trained]:
     folder, trained = train_all(
         config, lambda part: LanguageTask(part, mesh, words), texts.train, texts.watched, mesh
     )
-    sys.stdout.write(report.write(folder, config, trained, texts, mesh))
+    shared.show(report.write(folder, config, trained, texts, mesh))
     return trained
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from deq_jax.data.text import unigram_perplexity
-from deq_jax.training import Batch, EvalData, Evaluator
+from deq_jax.training import Batch, EvalData, Evaluator, distributed
 from experiments import report as shared
 from experiments.language_modeling.config import LanguageConfig
 from experiments.language_modeling.data import Texts
@@ -58,7 +58,8 @@ def _told(label: str, data: EvalData) -> EvalData:
     begun = itertools.count(1)
 
     def passes() -> Iterable[Batch]:
-        sys.stderr.write(f"reading the {label}, pass {next(begun)}\n")
+        if distributed.is_first():
+            sys.stderr.write(f"reading the {label}, pass {next(begun)}\n")
         return data()
 
     return passes
@@ -228,7 +229,7 @@ def draw(
         axes[1].set(xlabel="training step", title="Validation")
     for axis in axes:
         axis.legend(frameon=False)
-    figure.savefig(path)
+    shared.save(figure, path)
 
 
 def _label_solves(axes: Any, config: LanguageConfig) -> None:

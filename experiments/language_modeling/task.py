@@ -17,7 +17,7 @@ from deq_jax.models.embeddings import AdaptiveEmbedding
 from deq_jax.models.transformer import DEQTransformer, ExplicitTransformer
 from deq_jax.models.transformer_cell import Memory, TransformerCell
 from deq_jax.training import Batch, Mean, Output, UsageError, metrics
-from deq_jax.training.parallel import sharded_fixed_point, sharded_map
+from deq_jax.training.parallel import make_fixed_point, sharded_map
 from deq_jax.training.task import CARRY
 from experiments.language_modeling.config import LanguageConfig
 
@@ -145,8 +145,9 @@ def build_model(
     }
     if part.name == "explicit":
         return ExplicitTransformer(layers=part.layers, tied=part.tied, **common)
-    if mesh is not None:
-        common["fixed_point"] = sharded_fixed_point(mesh)
     return DEQTransformer(
-        solver=config.build_solver(), adjoint=config.backward.build_adjoint(), **common
+        solver=config.build_solver(),
+        adjoint=config.backward.build_adjoint(),
+        fixed_point=make_fixed_point(config, mesh),
+        **common,
     )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import numpy as np
 
 from deq_jax.data import images, pipeline, segmentation, sources
+from deq_jax.data.records import Reader
 from deq_jax.data.segmentation import Classes
 from deq_jax.training import DataIterator, EvalData, UsageError
-from experiments import trunk
+from experiments import corrupt, trunk
 from experiments.segmentation.config import SegmentationConfig
 
 CLASSES = {"camvid": segmentation.CAMVID, "cityscapes": segmentation.CITYSCAPES}
@@ -31,7 +33,8 @@ class Sets:
       train: endless batches: "image" float32 [B, H, W, 3], "label" int32 [B, H, W] with 255 for no
         label, "mask" float32 [B]; the part of this process.
       eval: gives one pass over the evaluation images at full size, likewise.
-      source: all evaluation images as they are: "image" uint8 [H, W, 3], "label" uint8 [H, W].
+      source: all evaluation images as they are: "image" uint8 [H, W, 3], "label" uint8 [H, W]; in
+        the place of one that was left out stands the next.
       classes: names and colours.
       weights: of the classes in the loss, float [classes].
     """
@@ -43,6 +46,7 @@ class Sets:
     weights: np.ndarray
 
 
+@corrupt.in_words()
 def build_data(config: SegmentationConfig) -> Sets:
     """Opens the set.
 
@@ -54,7 +58,8 @@ def build_data(config: SegmentationConfig) -> Sets:
 
     Raises:
       MissingData: the set is not prepared.
-      UsageError: it does not fit the model or the number of processes.
+      UsageError: it does not fit the model or the number of processes; a record cannot be read,
+        which the batches also raise.
     """
     data, processes = config.data, jax.process_count()
     classes = CLASSES[data.name]
@@ -64,8 +69,9 @@ def build_data(config: SegmentationConfig) -> Sets:
             f"{config.model.classes}"
         )
     train, test = (open_set(config, split) for split in (data.train_split, data.eval_split))
+    frame = Reader(test, on_corrupt=data.on_corrupt).first()["label"]
     try:
-        trunk.check_size(config.model, *test[0]["label"].shape)
+        trunk.check_size(config.model, *frame.shape)
     except ValueError as error:
         raise UsageError(f"{data.name} at full size: {error}") from None
     for name, size in (
@@ -84,18 +90,24 @@ def build_data(config: SegmentationConfig) -> Sets:
         augment=segmentation.RandomScaleCropFlip(height, width, data.scale_low, data.scale_high),
         shard=shard,
         workers=data.workers,
+        on_corrupt=data.on_corrupt,
     )
-
-    def one_pass() -> Any:
-        return pipeline.eval_batches(
-            test,
-            batch_size=data.eval_batch_size // processes,
-            transform=NORMALIZE,
-            shard=shard,
-            threads=data.workers,
-        )
-
-    return Sets(batches, one_pass, test, classes, choose_weights(config, classes, train))
+    one_pass = functools.partial(
+        pipeline.eval_batches,
+        test,
+        batch_size=data.eval_batch_size // processes,
+        transform=NORMALIZE,
+        shard=shard,
+        threads=data.workers,
+        on_corrupt=data.on_corrupt,
+    )
+    return Sets(
+        train=corrupt.Training(batches),
+        eval=corrupt.passes(one_pass),
+        source=corrupt.Readable(test, data.on_corrupt),
+        classes=classes,
+        weights=choose_weights(config, classes, train),
+    )
 
 
 def open_set(config: SegmentationConfig, split: str) -> Any:
@@ -112,7 +124,7 @@ def open_set(config: SegmentationConfig, split: str) -> Any:
     opened = sources.open_tfds(TFDS[data.name], split, data.dir)
     names = {"image": IMAGE[data.name], "label": "segmentation_label"}
     labelled = segmentation.Labelled(sources.Fields(opened, names), CLASSES[data.name])
-    return sources.in_memory(labelled) if data.in_memory else labelled
+    return sources.in_memory(labelled, data.on_corrupt) if data.in_memory else labelled
 
 
 def choose_weights(config: SegmentationConfig, classes: Classes, train: Any) -> np.ndarray:
@@ -134,7 +146,7 @@ def choose_weights(config: SegmentationConfig, classes: Classes, train: Any) -> 
         return np.ones(count)
     if data.class_weights == "frequency":
         # Their root: as they are, up to 13 to 1 on CamVid, the thin classes would rule the loss.
-        return np.sqrt(segmentation.class_weights(train, count))
+        return np.sqrt(segmentation.class_weights(train, count, data.on_corrupt))
     if classes.weights is None:
         raise UsageError(
             f"no class weights were published for {data.name}; set data.class_weights to "

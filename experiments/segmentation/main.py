@@ -11,12 +11,11 @@ equilibrium from such a folder of an ImageNet model of the same trunk, or from c
 
 from __future__ import annotations
 
-import sys
-
 import jax
 
 from deq_jax.training import flags
 from deq_jax.training.parallel import make_mesh
+from experiments import report as shared
 from experiments.segmentation import data, presets, report
 from experiments.segmentation.config import SegmentationConfig
 from experiments.segmentation.task import SegmentationTask
@@ -32,7 +31,7 @@ def run(config: SegmentationConfig) -> dict[str, report.Trained]:
         return SegmentationTask(part, mesh, names=names, weights=sets.weights)
 
     folder, trained = train_all(config, make_task, sets.train, sets.eval, mesh)
-    sys.stdout.write(report.write(folder, config, trained, sets, mesh))
+    shared.show(report.write(folder, config, trained, sets, mesh))
     return trained
 
 

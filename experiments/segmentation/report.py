@@ -204,7 +204,7 @@ def draw(
         for name, color in zip(names, [*palette, IGNORED], strict=True)
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-    figure.savefig(path)
+    shared.save(figure, path)
 
 
 def paint(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:

@@ -9,11 +9,10 @@ fixed_point_map.png beside them.  About 1.5 minutes on 2 CPU cores.
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
 from deq_jax.training import flags, train, workdir
 from deq_jax.training.parallel import make_mesh
+from experiments import report as shared
 from experiments.toy_regression import report
 from experiments.toy_regression.config import PRESETS, ToyConfig
 from experiments.toy_regression.task import ToyTask, build_data
@@ -28,18 +27,18 @@ def run(config: ToyConfig) -> dict[float, report.Trained]:
     Returns:
       gamma -> the trained model.
     """
-    folder = workdir.claim(config)
     mesh = make_mesh()
     trained = {}
-    for gamma in config.gammas:
-        part = dataclasses.replace(
-            config,
-            workdir=str(folder / f"gamma_{gamma:g}"),
-            jac=dataclasses.replace(config.jac, gamma=gamma),
-        )
-        task = ToyTask(part, mesh)
-        trained[gamma] = report.Trained(task, train(task, part, *build_data(part), mesh=mesh))
-    sys.stdout.write(report.write(Path(folder), config, trained))
+    with workdir.claimed(config) as folder:
+        for gamma in config.gammas:
+            part = dataclasses.replace(
+                config,
+                workdir=str(folder / f"gamma_{gamma:g}"),
+                jac=dataclasses.replace(config.jac, gamma=gamma),
+            )
+            task = ToyTask(part, mesh)
+            trained[gamma] = report.Trained(task, train(task, part, *build_data(part), mesh=mesh))
+        shared.show(report.write(folder, config, trained))
     return trained
 
 

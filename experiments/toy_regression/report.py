@@ -14,6 +14,7 @@ import deq_jax as deq
 from deq_jax.data import synthetic
 from deq_jax.models.mlp import ScalarDEQ, ToyCell
 from deq_jax.training import TrainResult
+from deq_jax.training.distributed import fetch
 from experiments import report as shared
 from experiments.toy_regression.config import ToyConfig
 from experiments.toy_regression.task import ToyTask
@@ -76,7 +77,8 @@ def measure(config: ToyConfig, trained: Trained) -> dict[str, float]:
     plain = deq.Picard(tol=config.solver.tol, max_steps=PICARD_STEPS)
     model = ScalarDEQ(solver=plain, hidden=config.model.hidden)
     grid = jnp.linspace(synthetic.LOW, synthetic.HIGH, 400)[:, None]
-    applied: Any = model.apply({"params": trained.result.state.params}, grid, train=False)
+    params = fetch(trained.result.state.params)
+    applied: Any = model.apply({"params": params}, grid, train=False)
     picard = applied[1]
     return numbers | {
         "picard_steps": float(picard.stats.num_steps.mean()),
@@ -146,7 +148,7 @@ def draw(path: Path, config: ToyConfig, trained: Mapping[float, Trained]) -> Non
     line = np.linspace(low, high, 400, dtype=np.float32)
     cell = ToyCell(config.model.hidden)
     for axis, (gamma, model) in zip(axes[0], trained.items(), strict=True):
-        params = model.result.state.params["equilibrium"]["f"]
+        params = fetch(model.result.state.params["equilibrium"]["f"])
         axis.plot(line, line, color="0.55", linewidth=1, linestyle="--")
         for x, target, color in zip(INPUTS, targets, shared.COLORS, strict=False):
 
@@ -172,4 +174,4 @@ def draw(path: Path, config: ToyConfig, trained: Mapping[float, Trained]) -> Non
         "dashed: f(z) = z",
         fontsize=10,
     )
-    figure.savefig(path)
+    shared.save(figure, path)

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 import deq_jax as deq
 from deq_jax.data import pipeline, synthetic
 from deq_jax.models.mlp import ScalarDEQ
-from deq_jax.training import Batch, DataIterator, EvalData, Output
-from deq_jax.training.parallel import sharded_fixed_point
+from deq_jax.training import Batch, DataIterator, EvalData, Output, UsageError
+from deq_jax.training.parallel import make_fixed_point
 from experiments.toy_regression.config import ToyConfig
 
 EVAL_BATCH = 256
@@ -34,7 +34,7 @@ class ToyTask:
             solver=config.build_solver(),
             adjoint=config.backward.build_adjoint(),
             hidden=config.model.hidden,
-            fixed_point=sharded_fixed_point(mesh),
+            fixed_point=make_fixed_point(config, mesh),
         )
         self.tied = self.model.clone(adjoint=deq.Unroll(config.train.warmup_layers))
 
@@ -84,7 +84,16 @@ def build_data(config: ToyConfig) -> tuple[DataIterator, EvalData]:
     data = config.data
     pairs = synthetic.regression(data.train_pairs, seed=data.seed, noise=data.noise)
     test = synthetic.regression(data.test_pairs, seed=data.seed + 1, noise=data.noise)
+    shard = jax.process_index(), jax.process_count()
+    for size in (config.train.batch_size, EVAL_BATCH):
+        if size % shard[1]:
+            raise UsageError(f"a batch of {size} must divide by the {shard[1]} processes")
     batches = pipeline.train_iterator(
-        pairs, batch_size=config.train.batch_size, seed=config.train.seed
+        pairs,
+        batch_size=config.train.batch_size // shard[1],
+        seed=config.train.seed,
+        shard=shard,
     )
-    return batches, lambda: pipeline.eval_batches(test, batch_size=EVAL_BATCH)
+    return batches, lambda: pipeline.eval_batches(
+        test, batch_size=EVAL_BATCH // shard[1], shard=shard
+    )
