@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from launcher import Launcher
 
 pytestmark = pytest.mark.slow
 
@@ -28,20 +29,26 @@ os.execvp(sys.argv[2], sys.argv[2:])
 """
 
 
-def launch(workdir, *args, prefix=(), limit=None):
+def limited(workdir, *args, prefix=(), limit=None):
+    """Runs the example under a command of its own."""
     if limit is not None:
         prefix = [*prefix, sys.executable, "-c", LIMITED, str(limit)]
     command = [*prefix, sys.executable, str(PROGRAM), f"--workdir={workdir}", *args]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(
-        command,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert "Traceback" not in done.stderr, done.stderr
     return done
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    with Launcher(tmp_path_factory.mktemp("cache")) as launcher:
+
+        def run(workdir, *args, signals=()):
+            return launcher([f"--workdir={workdir}", *args], signals=signals)[0]
+
+        run.launcher = launcher
+        yield run
 
 
 def final(workdir):
@@ -54,7 +61,7 @@ def snapshot(folder):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
+def straight(launch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight") / "run"
     done = launch(folder)
     assert (done.returncode, done.stdout) == (0, "finished\n"), done.stderr
@@ -62,7 +69,7 @@ def straight(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def halted(tmp_path_factory):
+def halted(launch, tmp_path_factory):
     """A run that SIGTERM stopped after step 15, with checkpoints of steps 12 and 15."""
     folder = tmp_path_factory.mktemp("halted") / "run"
     done = launch(folder, "--data.die_at=14", f"--data.die_by={signal.SIGTERM}")
@@ -77,14 +84,14 @@ def workdir(halted, tmp_path):
     return shutil.copytree(halted, tmp_path / "run")
 
 
-def test_sigterm_then_the_same_command(workdir, straight):
+def test_sigterm_then_the_same_command(launch, workdir, straight):
     done = launch(workdir)
     assert (done.returncode, done.stdout) == (0, "finished\n"), done.stderr
     assert "at step 15" in done.stderr
     assert final(workdir) == straight
 
 
-def test_kill_9_at_any_time_even_while_a_checkpoint_is_written(tmp_path, straight):
+def test_kill_9_at_any_time_even_while_a_checkpoint_is_written(launch, tmp_path, straight):
     for number in np.sort(np.random.default_rng(3).choice(28, size=4, replace=False)) + 1:
         # A checkpoint at every step: one is always under way when the program dies.
         done = launch(
@@ -97,13 +104,46 @@ def test_kill_9_at_any_time_even_while_a_checkpoint_is_written(tmp_path, straigh
     assert final(tmp_path) == straight
 
 
+STEPS = "--train.steps=150"
+OFTEN = "--train.checkpoint_every=2"
+
+
+def test_twenty_signals_at_random_moments(launch, tmp_path):
+    done = launch(tmp_path / "straight", STEPS, OFTEN)
+    assert done.returncode == 0, done.stderr
+    rng, codes = np.random.default_rng(0), []
+    while len(codes) < 20:
+        kind = int(rng.choice([signal.SIGTERM, signal.SIGKILL]))
+        # From before the restored checkpoint is read to some steps, and saves, after it.
+        moment = done.seconds * rng.uniform(0.02, 0.3)
+        hit = launch(tmp_path / "run", STEPS, OFTEN, signals=[[moment, 0, kind]])
+        assert "cannot be used" not in hit.stderr
+        codes.append(hit.returncode)
+        if hit.returncode == 0:  # the end, before the last of the signals: begin anew
+            assert final(tmp_path / "run") == final(tmp_path / "straight")
+            shutil.rmtree(tmp_path / "run")
+    assert {-signal.SIGKILL, 128 + signal.SIGTERM} <= set(codes)
+    done = launch(tmp_path / "run", STEPS, OFTEN)
+    assert done.returncode == 0, done.stderr
+    assert final(tmp_path / "run") == final(tmp_path / "straight")
+
+
+def test_a_workdir_in_use_is_refused(launch, tmp_path):
+    shared = [f"--workdir={tmp_path}", "--train.steps=2000"]
+    ends = launch.launcher(shared, shared, signals=[[4, i, signal.SIGTERM] for i in (0, 1)])
+    refused, stopped = sorted(ends, key=lambda end: end.returncode)
+    assert (refused.returncode, stopped.returncode) == (1, 128 + signal.SIGTERM)
+    assert f"workdir {tmp_path} is in use by another run (process " in refused.stderr
+    assert "stopped by SIGTERM after step" in stopped.stderr
+
+
 def truncate(checkpoint):
     for path in checkpoint.rglob("*"):
         if path.is_file() and path.stat().st_size > 100:
             os.truncate(path, path.stat().st_size // 2)
 
 
-def test_a_truncated_checkpoint_gives_the_one_before(workdir, straight):
+def test_a_truncated_checkpoint_gives_the_one_before(launch, workdir, straight):
     os.truncate(workdir / "checkpoints" / "000000015" / "state" / "_METADATA", 40)
     done = launch(workdir)
     assert done.returncode == 0, done.stderr
@@ -113,7 +153,9 @@ def test_a_truncated_checkpoint_gives_the_one_before(workdir, straight):
     assert final(workdir) == straight
 
 
-def test_when_all_checkpoints_are_truncated_the_program_says_so_and_touches_nothing(workdir):
+def test_when_all_checkpoints_are_truncated_the_program_says_so_and_touches_nothing(
+    launch, workdir
+):
     for checkpoint in (workdir / "checkpoints").iterdir():
         truncate(checkpoint)
     before = snapshot(workdir / "checkpoints")
@@ -124,7 +166,7 @@ def test_when_all_checkpoints_are_truncated_the_program_says_so_and_touches_noth
     assert snapshot(workdir / "checkpoints") == before
 
 
-def test_a_workdir_of_another_configuration_is_refused(workdir):
+def test_a_workdir_of_another_configuration_is_refused(launch, workdir):
     before = snapshot(workdir)
     done = launch(workdir, "--solver.tol=0.5")
     assert done.returncode == 1
@@ -134,9 +176,9 @@ def test_a_workdir_of_another_configuration_is_refused(workdir):
 
 
 @pytest.mark.parametrize("limit", [2_000, 4_000])
-def test_files_that_cannot_be_written_in_full_lose_nothing(workdir, straight, limit):
+def test_files_that_cannot_be_written_in_full_lose_nothing(launch, workdir, straight, limit):
     """A limit on the size of files fails in the same place as a full disk, for every user."""
-    done = launch(workdir, limit=limit)
+    done = limited(workdir, limit=limit)
     assert done.returncode == 1, done.stderr
     assert "could not be written" in done.stderr
     assert "the checkpoint of step 15 is intact" in done.stderr
@@ -151,7 +193,7 @@ def own_disk(size, folder):
     return ["unshare", "--map-root-user", "--mount", "sh", "-c", script]
 
 
-def test_a_disk_that_is_really_full(workdir, tmp_path):
+def test_a_disk_that_is_really_full(launch, workdir, tmp_path):
     if not shutil.which("unshare"):
         pytest.skip("needs unshare, to mount a small disk")
     disk = tmp_path / "disk"
@@ -161,7 +203,7 @@ def test_a_disk_that_is_really_full(workdir, tmp_path):
         pytest.skip("this user may not mount a small disk")
     files = [path.stat().st_size for path in workdir.rglob("*") if path.is_file()]
     used = 4 * sum(-(-size // 4096) for size in files)  # KiB, in pages
-    done = launch(disk, prefix=[*own_disk(f"{used + 20}k", disk), str(workdir)])
+    done = limited(disk, prefix=[*own_disk(f"{used + 20}k", disk), str(workdir)])
     assert done.returncode == 1, done.stderr
     assert "the disk is full" in done.stderr
     assert "the checkpoint of step 15 is intact" in done.stderr

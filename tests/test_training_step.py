@@ -195,7 +195,7 @@ def test_padding_counts_for_nothing():
             max_steps=20,
             probe=None,
         )
-        results.append(compute(forward_metrics(output, jnp.asarray(batch["mask"]))))
+        results.append(compute(forward_metrics(output, batch)))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 

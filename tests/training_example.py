@@ -173,8 +173,12 @@ def main(config):
     print("finished")
 
 
-if __name__ == "__main__":
+def launch():
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 2)
     flags.run(main, PRESETS, default="tiny")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 2)
+    launch()
     sys.exit()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from deq_jax.data.pipeline import Augment, Record, Transform
+from deq_jax.data.records import Augment, Record, Transform
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 
-from deq_jax.data.pipeline import Record
+from deq_jax.data.records import CorruptRecord, Record
 
 Split = Literal["train", "test"]
 
@@ -20,6 +21,9 @@ class InMemory:
     Attributes:
       images: uint8 or float [N, H, W, C].
       labels: int32 [N], or a class for every pixel, integers [N, H, W].
+      name: of the set, for messages.
+      unreadable: place of a record that could not be read -> that in words; reading it raises
+        `CorruptRecord`.  Its image and label hold nothing of worth.
 
     Example:
       >>> InMemory(np.zeros((3, 8, 8, 1)), np.arange(3, dtype=np.int32))[1]["label"]
@@ -28,6 +32,8 @@ class InMemory:
 
     images: np.ndarray
     labels: np.ndarray
+    name: str = ""
+    unreadable: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuses images and labels that do not belong together."""
@@ -44,6 +50,8 @@ class InMemory:
 
     def __getitem__(self, index: int) -> Record:
         """{"image": [H, W, C], "label": int32 or [H, W]}."""
+        if index in self.unreadable:
+            raise CorruptRecord(self.unreadable[index])
         return {"image": self.images[index], "label": self.labels[index]}
 
 
@@ -75,7 +83,7 @@ def digits(split: Split) -> InMemory:
     test = np.arange(len(bunch.target)) % 5 == 0
     chosen = test if split == "test" else ~test
     images = bunch.images[chosen].astype(np.uint8)[..., None]
-    return InMemory(images, bunch.target[chosen].astype(np.int32))
+    return InMemory(images, bunch.target[chosen].astype(np.int32), f"digits/{split}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +116,12 @@ class Standardize:
         """The statistics of a set, over examples and positions.
 
         Args:
-          source: the training set.
+          source: the training set; what could not be read is left out.
 
         Returns:
           What brings it to mean 0 and variance 1 per channel.
         """
-        images = source.images.astype(np.float64)
+        images = np.delete(source.images, list(source.unreadable), axis=0).astype(np.float64)
         mean, std = images.mean(axis=(0, 1, 2)), images.std(axis=(0, 1, 2))
         return cls(tuple(mean.tolist()), tuple(std.tolist()))
 

@@ -8,56 +8,27 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from deq_jax.data.prefetch import Batches, prefetched
+from deq_jax.data.records import (
+    Augment,
+    CorruptRecord,
+    OnCorrupt,
+    Reader,
+    Record,
+    Source,
+    Transform,
+    Unreadable,
+    check_filled,
+)
 
-Record = Mapping[str, Any]
-"""One example: name -> number or numpy array."""
-
-Transform = Callable[[Record], Record]
-"""What is done to every example, in training and in evaluation."""
-
-Augment = Callable[[Record, np.random.Generator], Record]
-"""A random change of a training example; all its chance must come from the generator."""
-
-
-class Source(Protocol):
-    """Random access to the examples of a set.
-
-    One that reads many examples faster than one by one may have ``__getitems__(list of places)``,
-    as ``tfds.data_source`` has.
-    """
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        ...
-
-    def __getitem__(self, index: Any, /) -> Record:
-        """The example at a place."""
-        ...
-
-
-def fetch(source: Source, indices: Sequence[int]) -> Sequence[Record]:
-    """Reads several examples, at once where the source can.
-
-    Args:
-      source: the examples.
-      indices: places in it.
-
-    Returns:
-      The records, in the order of the indices.
-
-    Example:
-      >>> fetch([{"x": 0}, {"x": 1}, {"x": 2}], [2, 0])
-      [{'x': 2}, {'x': 0}]
-    """
-    many = getattr(source, "__getitems__", None)
-    return [source[i] for i in indices] if many is None else many(list(indices))
+TRIES = 32
+"""How many records in a row may be corrupt before training stops all the same."""
 
 
 class TrainIterator:
@@ -88,7 +59,11 @@ class TrainIterator:
         if not self._running:
             rest = range(self._position, sys.maxsize)
             self._running.append(prefetched(self._batches, rest, self._workers))
-        batch = next(self._running[0])
+        try:
+            batch = next(self._running[0])
+        except Exception:
+            self.close()  # after an error grain goes on with the batch of another worker
+            raise
         self._position += 1
         return batch
 
@@ -119,6 +94,7 @@ def train_iterator(
     augment: Augment | None = None,
     shard: tuple[int, int] = (0, 1),
     workers: int = 0,
+    on_corrupt: OnCorrupt = "stop",
 ) -> TrainIterator:
     """An endless iterator of shuffled, augmented batches that can be put back where it was.
 
@@ -136,9 +112,15 @@ def train_iterator(
       shard: (p, n), number of this process and of all processes.
       workers: processes that read, augment and transform; 0 for a thread of this one.  They import
         the main module again: its work must stand under ``if __name__ == "__main__"``.
+      on_corrupt: what is done about a record that cannot be read, augmented or transformed.
+        "stop": ``next(it)`` raises `CorruptRecord`, which names it, at the batch that holds it.
+        "skip": it is told on stderr, and the example that stands at the same place of the next
+        epoch is taken instead, or of the one after that; after `TRIES` of them in a row
+        ``next(it)`` raises `CorruptRecord`.
 
     Returns:
-      ``next(it)`` gives name -> array ``[batch_size, ...]``, among them "mask", float32 ones;
+      ``next(it)`` gives name -> array ``[batch_size, ...]``, among them "mask", float32 ones, and
+      under "skip" also "corrupt", float32, 1 where an example was taken instead of another;
       ``it.get_state()`` and ``it.set_state(state)`` hold the position.
 
     Raises:
@@ -153,7 +135,8 @@ def train_iterator(
     _check(source, batch_size, shard)
     if workers < 0:
         raise ValueError(f"got workers={workers}; wanted at least 0")
-    batches = _TrainBatches(source, batch_size, seed, augment, transform, shard)
+    reader = Reader(source, augment=augment, transform=transform, on_corrupt=on_corrupt)
+    batches = _TrainBatches(reader, batch_size, seed, shard, augmented=augment is not None)
     return TrainIterator(batches, workers)
 
 
@@ -164,6 +147,7 @@ def eval_batches(
     transform: Transform | None = None,
     shard: tuple[int, int] = (0, 1),
     threads: int = 0,
+    on_corrupt: OnCorrupt = "stop",
 ) -> Iterator[dict[str, np.ndarray]]:
     """One pass over a set, in order, in batches of one shape, with every example counted once.
 
@@ -176,13 +160,16 @@ def eval_batches(
       transform: applied to every example.
       shard: (p, n), number of this process and of all processes.
       threads: how many read and transform; 0 for none beside the caller's.
+      on_corrupt: what is done about a record that cannot be read or transformed: "stop" raises
+        `CorruptRecord`, which names it; "skip" tells of it on stderr and puts padding in its place.
 
     Yields:
       name -> array ``[batch_size, ...]``, among them "mask", float32, 1 for examples, 0 for
-      padding.
+      padding, and under "skip" also "corrupt", float32, 1 where a record could not be read.
 
     Raises:
       ValueError: an empty source, a batch size below 1, a shard that does not exist.
+      CorruptRecord: see `on_corrupt`; under "skip" if no record at all can be read.
 
     Example:
       >>> squares = [{"x": np.float32(i * i)} for i in range(5)]
@@ -192,19 +179,23 @@ def eval_batches(
     _check(source, batch_size, shard)
     number, count = shard
     own = range(number, len(source), count)
-
-    def read(index: int) -> Record:
-        record = source[index]
-        return record if transform is None else transform(record)
-
+    reader = Reader(source, transform=transform, on_corrupt=on_corrupt)
+    filler: Record | None = None
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         for start in range(0, -(-len(source) // count), batch_size):
             chosen = own[start : start + batch_size]
-            records = list(pool.map(read, chosen)) if threads else [read(i) for i in chosen]
-            mask = (np.arange(batch_size) < len(records)).astype(np.float32)
-            filler = records[0] if records else read(0)
-            records += [filler] * (batch_size - len(records))
-            yield _stack(records) | {"mask": mask}
+            found = list(pool.map(reader.one, chosen) if threads else map(reader.one, chosen))
+            good = [record for record in found if not isinstance(record, Unreadable)]
+            # A batch without an example of its own is filled with one of another batch.
+            filler = good[0] if good else filler
+            if filler is None:
+                filler = reader.first()
+            absent = batch_size - len(found)
+            records = [filler if isinstance(r, Unreadable) else r for r in found]
+            corrupt = [isinstance(r, Unreadable) for r in found] + [False] * absent
+            mask = (np.arange(batch_size) < len(found)) & ~np.asarray(corrupt)
+            batch = _stack(records + [filler] * absent) | {"mask": mask.astype(np.float32)}
+            yield _marked(batch, corrupt, on_corrupt)
 
 
 def _end(running: list[Any]) -> None:
@@ -220,20 +211,14 @@ class _TrainBatches:
     """
 
     def __init__(
-        self,
-        source: Source,
-        batch_size: int,
-        seed: int,
-        augment: Augment | None,
-        transform: Transform | None,
-        shard: tuple[int, int],
+        self, reader: Reader, batch_size: int, seed: int, shard: tuple[int, int], *, augmented: bool
     ) -> None:
         import grain
 
-        self._source, self._batch_size, self._shard = source, batch_size, shard
-        self._augment, self._transform = augment, transform
+        self._reader, self._batch_size, self._shard = reader, batch_size, shard
+        self._augmented, self._size = augmented, len(reader.source)
         # Place in the endless stream of epochs -> place in the source.
-        self._order: Any = grain.MapDataset.range(len(source)).seed(seed).shuffle()
+        self._order: Any = grain.MapDataset.range(self._size).seed(seed).shuffle()
         # Of its own, so that augmentation and order do not share their chance.
         self._key = np.random.SeedSequence((seed, 2)).generate_state(1, np.uint32)[0]
 
@@ -241,26 +226,53 @@ class _TrainBatches:
         number, count = self._shard
         start = index * self._batch_size * count + number
         places = range(start, start + self._batch_size * count, count)
-        records = fetch(self._source, [self._order[place] for place in places])
-        if self._augment is not None:
-            pairs = zip(records, _generators(self._key, places), strict=True)
-            records = [self._augment(record, rng) for record, rng in pairs]
-        if self._transform is not None:
-            records = [self._transform(record) for record in records]
-        return _stack(records) | {"mask": np.ones(len(records), np.float32)}
+        found = self._read(places)
+        corrupt = [isinstance(record, Unreadable) for record in found]
+        records = [
+            self._another(place) if isinstance(record, Unreadable) else record
+            for place, record in zip(places, found, strict=True)
+        ]
+        batch = _stack(records) | {"mask": np.ones(len(records), np.float32)}
+        return _marked(batch, corrupt, self._reader.on_corrupt)
+
+    def _read(self, places: Sequence[int], turn: int = 0) -> list[Record | Unreadable]:
+        """What stands at some places of the stream, or `turn` epochs later."""
+        indices = [self._order[place + turn * self._size] for place in places]
+        rngs = _generators(self._key, places, turn) if self._augmented else None
+        return self._reader.many(indices, rngs)
+
+    def _another(self, place: int) -> Record:
+        """Instead of what cannot be read at a place: a choice that hangs on the place alone."""
+        what = ""
+        for turn in range(1, TRIES):
+            (record,) = self._read([place], turn)
+            if not isinstance(record, Unreadable):
+                return record
+            what = record.what
+        raise CorruptRecord(
+            f"{TRIES} records in a row of {self._reader.name} cannot be read, the last: {what}; "
+            "repair the set"
+        )
 
 
-def _generators(key: np.uint32, places: range) -> Iterator[np.random.Generator]:
+def _generators(key: np.uint32, places: Sequence[int], turn: int) -> Iterator[np.random.Generator]:
     """A generator for each place of the stream, valid until the next one is asked for.
 
-    Philox is a function of a key and a counter: each place has a counter of its own.
+    Philox is a function of a key and a counter: each place and turn has a counter of its own.
     """
     bits = np.random.Philox(key)
     rng, state = np.random.Generator(bits), bits.state
     for place in places:
-        state["state"]["counter"][3] = place
+        state["state"]["counter"][2:] = turn, place
         bits.state = state
         yield rng
+
+
+def _marked(
+    batch: dict[str, np.ndarray], corrupt: list[bool], on_corrupt: OnCorrupt
+) -> dict[str, np.ndarray]:
+    """Under "skip" with the marks always, so that all batches hold the same arrays."""
+    return batch if on_corrupt == "stop" else batch | {"corrupt": np.asarray(corrupt, np.float32)}
 
 
 def _stack(records: Sequence[Record]) -> dict[str, np.ndarray]:
@@ -286,8 +298,7 @@ def _stack(records: Sequence[Record]) -> dict[str, np.ndarray]:
 def _check(source: Source, batch_size: int, shard: tuple[int, int]) -> None:
     if batch_size < 1:
         raise ValueError(f"got batch_size={batch_size}; wanted at least 1")
-    if len(source) == 0:
-        raise ValueError("got an empty source; wanted at least one example: check the split's name")
+    check_filled(source)
     check_shard(shard)
 
 

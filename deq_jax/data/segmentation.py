@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from deq_jax.data.augment import resize
-from deq_jax.data.pipeline import Record, Source, fetch
+from deq_jax.data.records import OnCorrupt, Reader, Record, Source, Unreadable, fetch
 
 IGNORE = 255
 """Label of a pixel that counts for nothing."""
@@ -131,7 +131,7 @@ class Labelled:
         return records
 
 
-def class_weights(source: Source, classes: int) -> np.ndarray:
+def class_weights(source: Source, classes: int, on_corrupt: OnCorrupt = "stop") -> np.ndarray:
     """Weights that lift rare classes, from the frequencies of a set.
 
     w_c = 1 / log(1.02 + p_c), scaled to mean 1
@@ -141,9 +141,15 @@ def class_weights(source: Source, classes: int) -> np.ndarray:
     Args:
       source: examples with "label" [H, W].
       classes: number of classes.
+      on_corrupt: "stop" raises `CorruptRecord` for a record that cannot be read, "skip" tells of
+        it and leaves it out.
 
     Returns:
       float32 [classes].
+
+    Raises:
+      CorruptRecord: a record cannot be read.
+      ValueError: no pixel has a class.
 
     Example:
       >>> labels = np.array([[0, 0, 0, 1, IGNORE]])
@@ -153,8 +159,11 @@ def class_weights(source: Source, classes: int) -> np.ndarray:
     Reference: Paszke et al., ENet, arXiv 1606.02147, section 5.2.
     """
     counts = np.zeros(classes, np.int64)
-    for i in range(len(source)):
-        label = np.asarray(source[i]["label"]).ravel()
+    reader = Reader(source, on_corrupt=on_corrupt)
+    for record in map(reader.one, range(len(source))):
+        if isinstance(record, Unreadable):
+            continue
+        label = np.asarray(record["label"]).ravel()
         counts += np.bincount(label[label < classes], minlength=classes)
     if not counts.any():
         raise ValueError(f"got no pixel of the {classes} classes; wanted labels below {classes}")

@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 
 from deq_jax.data.images import InMemory
-from deq_jax.data.pipeline import Record, Source, fetch
+from deq_jax.data.records import (
+    OnCorrupt,
+    Reader,
+    Record,
+    Source,
+    Unreadable,
+    fetch,
+    name_of,
+)
 
 CHUNK = 256
 """Examples read at once: one call for each record would take most of the time of decoding."""
@@ -116,37 +124,43 @@ class Fields:
         return [{new: r[old] for new, old in names} for r in fetch(self.source, indices)]
 
 
-def in_memory(source: Source) -> InMemory:
+def in_memory(source: Source, on_corrupt: OnCorrupt = "stop") -> InMemory:
     """Decodes a whole set into memory, once.
 
     Args:
       source: examples with "image" [H, W, C] of one size, and "label": a number or [H, W].
+      on_corrupt: what is done about a record that cannot be read: "stop" raises `CorruptRecord`,
+        which names it; "skip" tells of it on stderr, and reading it from the result raises that.
 
     Returns:
-      The set, its images in the source's dtype.
+      The set, its images in the source's dtype; every record at its place, readable or not.
 
     Raises:
-      ValueError: images of different sizes.
+      ValueError: images of different sizes, an empty source.
+      CorruptRecord: see `on_corrupt`; under "skip" if no record at all can be read.
 
     Example:
       >>> part = [{"image": np.zeros((2, 2, 1), np.uint8), "label": 1}] * 3
       >>> in_memory(part).images.shape
       (3, 2, 2, 1)
     """
-    if len(source) == 0:
-        raise ValueError("got an empty source; wanted at least one example: check the split's name")
-    first = source[0]
+    reader = Reader(source, on_corrupt=on_corrupt)
+    first = reader.first()
     shape, labels = np.shape(first["image"]), np.shape(first["label"])
-    images = np.empty((len(source), *shape), np.asarray(first["image"]).dtype)
+    images = np.zeros((len(source), *shape), np.asarray(first["image"]).dtype)
     kind = np.int32 if labels == () else np.asarray(first["label"]).dtype
-    held = np.empty((len(source), *labels), kind)
+    held = np.zeros((len(source), *labels), kind)
+    unreadable = {}
     for start in range(0, len(source), CHUNK):
         places = range(start, min(start + CHUNK, len(source)))
-        for i, record in zip(places, fetch(source, places), strict=True):
+        for i, record in zip(places, reader.many(places), strict=True):
+            if isinstance(record, Unreadable):
+                unreadable[i] = record.what
+                continue
             if np.shape(record["image"]) != shape:
                 raise ValueError(
                     f"got images of {shape} and of {np.shape(record['image'])}; wanted one size: "
                     "use the set without in_memory, with an augmentation that resizes"
                 )
             images[i], held[i] = record["image"], record["label"]
-    return InMemory(images, held)
+    return InMemory(images, held, name_of(source), unreadable)

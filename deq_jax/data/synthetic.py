@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from deq_jax.data.pipeline import Record
+from deq_jax.data.records import Record
 
 LOW, HIGH = -2.0, 2.0
 """Range of x. The paper does not state it; over this one the curve has both its turning points."""

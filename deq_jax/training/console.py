@@ -61,13 +61,15 @@ class Console:
 
         Args:
           step: the number of finished steps.
-          values: loss, steps_per_second, fwd_steps (NFE), unconverged and skipped are shown.
+          values: loss, steps_per_second, fwd_steps (NFE), unconverged, corrupt and skipped are shown.
         """
         words = [f"loss {values['loss']:.4g}"] if "loss" in values else []
         if "fwd_steps" in values:
             words.append(f"nfe {values['fwd_steps']:.1f}")
         if values.get("unconverged"):
             words.append(f"unconverged {values['unconverged']:.0%}")
+        if values.get("corrupt"):
+            words.append(f"corrupt records {values['corrupt']:.2%}")
         if values.get("skipped"):
             words.append(f"updates left out {values['skipped']:.0%}")
         if self._bar is not None:

@@ -41,7 +41,7 @@ def make_eval_step(task: Task, mesh: Mesh) -> EvalStep:
     """
 
     def measure(output: Output, batch: Batch) -> dict[str, metrics.Mean]:
-        return forward_metrics(output, batch["mask"])
+        return forward_metrics(output, batch)
 
     return _compile(task, measure, mesh)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+import time
 import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from absl import logging as absl_logging
 
 from deq_jax.training import distributed, fields
 from deq_jax.training.errors import Interrupted, UsageError
-from deq_jax.training.watch import Watch, leave
+from deq_jax.training.watch import Watch
 
 ConfigT = TypeVar("ConfigT")
 
@@ -83,7 +84,7 @@ def run(main: Callable[[ConfigT], object], presets: Mapping[str, ConfigT], *, de
             main(config)
         except (UsageError, FileNotFoundError) as error:  # the latter: a data set that is not there
             if watch is not None:  # the others wait for this one, which must not wait for them
-                leave(f"process {jax.process_index()}: {error}", 1)
+                watch.fail(f"process {jax.process_index()}: {error}")
             _fail(str(error))
         except Interrupted as request:
             sys.stderr.write(f"{request}\n" * distributed.is_first())
@@ -92,8 +93,10 @@ def run(main: Callable[[ConfigT], object], presets: Mapping[str, ConfigT], *, de
         except Exception as error:
             if watch is None:
                 raise
+            if isinstance(error, jax.errors.JaxRuntimeError) and watch.is_alone():
+                time.sleep(10)  # it is being said, and this process ended
             traceback.print_exc()
-            leave(f"process {jax.process_index()}: {type(error).__name__}", 1)
+            watch.fail(f"process {jax.process_index()}: {type(error).__name__}")
         _end(watch)
 
     app.run(guarded, flags_parser=parse)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from deq_jax.training.errors import UsageError
 from deq_jax.training.parallel import batch_sharding
-from deq_jax.training.task import Batch
+from deq_jax.training.task import CORRUPT, Batch
 
 
 def pad(batch: Batch, multiple: int) -> Batch:
@@ -35,7 +35,8 @@ def pad(batch: Batch, multiple: int) -> Batch:
     def filled(name: str, array: Any) -> np.ndarray:
         array = np.asarray(array)
         copies = np.repeat(array[:1], missing, axis=0)
-        return np.concatenate([array, 0 * copies if name == "mask" else copies])
+        counted = name in ("mask", CORRUPT)
+        return np.concatenate([array, 0 * copies if counted else copies])
 
     return {name: filled(name, array) for name, array in batch.items()}
 

@@ -18,7 +18,7 @@ from deq_jax.training.config import Config
 from deq_jax.training.optim import make_schedule
 from deq_jax.training.parallel import batch_sharding, replicated
 from deq_jax.training.state import TrainState, abstract_state, split_seed
-from deq_jax.training.task import Batch, Output, Task
+from deq_jax.training.task import CORRUPT, Batch, Output, Task
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, metrics.Mean]]]
 
@@ -167,7 +167,7 @@ def _make_gradients(task: Task, config: Config, warmup: bool) -> Callable[..., G
         (value, (output, penalty)), (grads, backward) = jax.value_and_grad(
             objective, argnums=(0, 1), has_aux=True
         )(params, probe)
-        measured = forward_metrics(output, batch["mask"])
+        measured = forward_metrics(output, batch)
         if penalised:
             measured["penalty"] = metrics.Mean(penalty, drawn.penalise.astype(jnp.float32))
         if not warmup:
@@ -178,25 +178,30 @@ def _make_gradients(task: Task, config: Config, warmup: bool) -> Callable[..., G
     return gradients
 
 
-def forward_metrics(output: Output, mask: jax.Array) -> dict[str, metrics.Mean]:
+def forward_metrics(output: Output, batch: Batch) -> dict[str, metrics.Mean]:
     """Loss, the task's own sums, and the statistics of the forward solve.
 
     Args:
       output: of a forward pass.
-      mask: float32[B], 0 for padding.
+      batch: what it was of; "mask" is read, and "corrupt" if it is there.
 
     Returns:
       "loss", the task's names, and if there was an equilibrium layer "fwd_steps", "fwd_residual"
-      and "unconverged" (the share of examples whose solve did not reach the tolerance).
+      and "unconverged" (the share of examples whose solve did not reach the tolerance); "corrupt",
+      the share of records that could not be read, of data that counts them.
 
     Example:
       >>> one = jnp.ones(2)
       >>> output = Output(loss=jnp.float32(0.5), sums={"count": one.sum()}, extra={}, solution=None)
-      >>> metrics.compute(forward_metrics(output, one))
+      >>> metrics.compute(forward_metrics(output, {"mask": one}))
       {'loss': 0.5}
     """
-    count = output.sums["count"]
+    count, mask = output.sums["count"], batch["mask"]
     measured = {**metrics.means(output.sums), "loss": metrics.Mean(output.loss * count, count)}
+    if CORRUPT in batch:
+        corrupt = batch[CORRUPT]
+        # In training another example stands in its place, in evaluation there is padding.
+        measured[CORRUPT] = metrics.Mean(corrupt.sum(), jnp.maximum(mask, corrupt).sum())
     if output.solution is not None:
         stats = output.solution.stats
         mask = mask * (stats.num_steps > 0)  # the unrolled network solves nothing

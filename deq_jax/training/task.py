@@ -21,6 +21,10 @@ CARRY = "carry"
 """Name in ``extra`` of what one batch leaves to the next, of a `Carrying` task."""
 
 
+CORRUPT = "corrupt"
+"""Name in a batch of float32[B], 1 where a record could not be read; counted if it is there."""
+
+
 @flax.struct.dataclass
 class Output:
     """What one forward pass of a task returns.

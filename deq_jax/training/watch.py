@@ -7,6 +7,7 @@ which the operating system closes the moment either end dies.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
@@ -14,11 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
-_BYE = b"."
+_BYE, _FAILED = b".", b"!"
 _TOKEN = 32
-_GRACE = 2.0
-"""Seconds for a process that fails for the same reason to say so in its own words."""
+_GRACE = 0.7
+"""Seconds in which the others may fail for the same reason, and say so in their own words."""
 
 EXIT_CODE = 75
 """Exit code of a process that another has left alone: EX_TEMPFAIL, "try again"."""
@@ -38,7 +40,7 @@ class Watch:
           count: of processes.
           exchange: given a text, returns those of all processes, in order.
         """
-        self._closing = False
+        self._closing, self._gone = False, threading.Event()
         self._sockets: dict[int, socket.socket] = {}
         self._server = None
         if index == 0:
@@ -61,11 +63,28 @@ class Watch:
     def close(self) -> None:
         """Says goodbye: from now on the others may go."""
         self._closing = True
+        self._tell(_BYE)
+
+    def fail(self, message: str) -> NoReturn:
+        """Ends this process for a reason that the others may share, and them if they do not.
+
+        Args:
+          message: shown on stderr.
+        """
+        self._closing = True
+        sys.stderr.write(f"error: {message}\n")
+        self._tell(_FAILED)
+        time.sleep(_GRACE + 0.3)
+        _leave(1)
+
+    def is_alone(self) -> bool:
+        """Tells whether an error of communication has its cause in another process's end."""
+        return self._gone.wait(_GRACE)
+
+    def _tell(self, word: bytes) -> None:
         for connection in self._sockets.values():
-            try:
-                connection.sendall(_BYE)
-            except OSError:
-                pass
+            with contextlib.suppress(OSError):
+                connection.sendall(word)
 
     def _welcome(self, token: bytes, others: int) -> None:
         assert self._server is not None
@@ -96,24 +115,21 @@ class Watch:
             last = b""
         if last == _BYE or self._closing:
             return
-        time.sleep(_GRACE)
+        self._gone.set()
+        if last == _FAILED:
+            time.sleep(_GRACE)
         if not self._closing:
-            who = f"process {number}" if number else "process 0, or another that it watched,"
-            leave(
-                f"{who} is gone; this one cannot go on without it.  Run the same command again in "
-                "all processes to resume from the newest checkpoint",
-                EXIT_CODE,
+            # A process that lost another goes too, which is all that the rest of them see.
+            who = f"process {number}" if number else "process 0, or one that it waited for,"
+            sys.stderr.write(
+                f"error: {who} is gone; this one cannot go on without it.  Run the same command "
+                "again in all processes to resume from the newest checkpoint\n"
             )
+            _leave(EXIT_CODE)
 
 
-def leave(message: str, code: int) -> None:
-    """Ends this process at once, without waiting for the others.
-
-    Args:
-      message: shown on stderr.
-      code: exit code.
-    """
-    sys.stderr.write(f"error: {message}\n")
+def _leave(code: int) -> NoReturn:
+    """Ends this process at once: what is still to be done would wait for the others."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import jax
 
@@ -69,9 +70,12 @@ def _begin(config: Config, path: Path, stack: contextlib.ExitStack) -> None:
     folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(_lock(folder / LOCK))
+        lock = stack.enter_context(_lock(folder / LOCK))
         if path.exists():
             _check(config, path)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(fields.to_dict(config), indent=2) + "\n")
         os.replace(temporary, path)
@@ -82,7 +86,7 @@ def _begin(config: Config, path: Path, stack: contextlib.ExitStack) -> None:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock(path: Path) -> Iterator[TextIO]:
     """Holds a lock; where the file system knows none, there is none."""
     with path.open("a+") as file:
         try:
@@ -96,10 +100,7 @@ def _lock(path: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
                 raise
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+        yield file
 
 
 def _differs(config: Config, path: Path) -> str:
