@@ -8,8 +8,8 @@ for g GPUs in each of m nodes:
 
     base + 2 ((g - 1) nvlink + log2(m) net)
 
-in the quicker of two protocols: LL, with 1 / 3.8 of the bandwidth, and Simple.  Bandwidth: 450 GB/s of NVLink within a node (H100 data sheet, 900 in both directions), 8 x
-50 GB/s between nodes.
+in the quicker of two protocols: LL, with 1 / 3.8 of the bandwidth, and Simple.  Bandwidth: 450 GB/s
+of NVLink within a node (H100 data sheet, 900 in both directions), 8 x 50 GB/s between nodes.
 
 TPU v4: a torus of three axes, as equal as powers of two can be (4 x 8 x 8 for 256).  A hop takes a
 microsecond, 9e10 bytes/s leave a chip along every axis that is a ring ("How to Scale Your Model",
@@ -51,9 +51,8 @@ TPU_AXES = 3
 TPU_RING = 4
 
 BATCH_NORM = 4
-"""Collectives that XLA makes of a batch normalisation in a training step: sum and sum of squares,
-and as many backward.  Counted in the program of the digits preset, where neighbours are merged now
-and then: 43 for 12 of them."""
+"""Collectives that XLA makes of a batch normalisation over a split batch: sum and sum of squares,
+and as many backward.  The program of the digits preset has 44 for 12 of them, some merged."""
 
 
 def gpu_seconds(size: float, devices: int) -> float:

@@ -38,6 +38,21 @@ def largest(rows: Sequence[dict]) -> list[dict]:
     return [row for row in good(rows) if row["steps"] is not None]
 
 
+def short(row: dict) -> dict:
+    """A row for the report.
+
+    Args:
+        row: from the runner.
+
+    Returns:
+        It without lists; what they say is in the tables.
+    """
+    kept = {key: value for key, value in row.items() if key != "steps"}
+    if "collectives" in row:
+        kept["collectives"] = {k: v for k, v in row["collectives"].items() if k != "each"}
+    return kept
+
+
 def loops(rows: Sequence[dict]) -> list[dict]:
     """Iterations of every device.
 
@@ -45,37 +60,40 @@ def loops(rows: Sequence[dict]) -> list[dict]:
         rows: from the runner.
 
     Returns:
-        For each model, and for the made one with its examples shuffled as well: "forward" and
-        "backward" of each device under shard_map; "plain", of all devices under plain jit; "work",
-        evaluations of all devices over those of plain jit; "longest", the same of the device that
-        takes longest.
+        For each model at the budgets of evaluation and training, for the made one with its examples
+        sorted and shuffled: "forward" and "backward" of each device under shard_map; "plain", of
+        every device under plain jit; "tests", all-reduces in its loops; "work", iterations of all
+        devices over those of plain jit; "longest", the same of the device that takes longest.
     """
     found = []
     for row in largest(rows):
         if row["form"] != "shard_map":
             continue
-        names = [row["model"]]
-        if row["model"] == "uneven":
-            names = ["uneven, sorted", "uneven, shuffled"]
-        for name in names:
-            order = list(range(len(row["steps"]["forward"])))
-            if name.endswith("shuffled"):
-                random.Random(0).shuffle(order)
-            each = {
-                solve: [
-                    max(row["steps"][solve][i] for i in order[start : start + row["examples"]])
-                    for start in range(0, len(order), row["examples"])
-                ]
-                for solve in ("forward", "backward")
-            }
-            plain = {solve: max(steps) for solve, steps in each.items()}
-            sums = [sum(both) for both in zip(each["forward"], each["backward"], strict=True)]
-            found.append(
-                {"inputs": name, **each, "plain": plain, "tests": sum(plain.values()) + 2}
-                | {"work": statistics.mean(sums) / sum(plain.values())}
-                | {"longest": max(sums) / sum(plain.values())}
-            )
+        steps, name = row["steps"], row["model"]
+        size, limit = row["examples"], row["iterations"][0]
+        if name == "uneven":
+            order = random.Random(0).sample(range(len(steps["forward"])), len(steps["forward"]))
+            shuffled = {solve: [all_[i] for i in order] for solve, all_ in steps.items()}
+            found.append(_devices(f"{name}, sorted", steps, size))
+            found.append(_devices(f"{name}, shuffled", shuffled, size))
+            continue
+        found.append(_devices(f"{name}, at most {row['budget']} steps", steps, size))
+        # A smaller budget changes nothing before it is spent.
+        cut = steps | {"forward": [min(k, limit) for k in steps["forward"]]}
+        if cut != steps:
+            found.append(_devices(f"{name}, at most {limit} steps as in training", cut, size))
     return found
+
+
+def _devices(name: str, steps: dict[str, list[int]], size: int) -> dict:
+    each = {
+        solve: [max(all_[i : i + size]) for i in range(0, len(all_), size)]
+        for solve, all_ in steps.items()
+    }
+    plain = {solve: max(all_) for solve, all_ in steps.items()}
+    sums, whole = [sum(both) for both in zip(*each.values(), strict=True)], sum(plain.values())
+    shares = {"work": statistics.mean(sums) / whole, "longest": max(sums) / whole}
+    return {"inputs": name, **each, "plain": plain, "tests": whole + 2, **shares}
 
 
 def programs(rows: Sequence[dict]) -> list[dict]:
@@ -123,9 +141,8 @@ def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
         Its text.
     """
     rule = "|" + " --- |" * len(heads)
-    return "\n".join(["| " + " | ".join(line) + " |" for line in (heads, *lines)][:1] + [rule]) + (
-        "".join("\n| " + " | ".join(line) + " |" for line in lines)
-    )
+    first, *rest = ["| " + " | ".join(line) + " |" for line in (heads, *lines)]
+    return "\n".join([first, rule, *rest])
 
 
 def text(report: dict) -> str:
@@ -139,13 +156,15 @@ def text(report: dict) -> str:
     """
     parts = [
         f"Training step on simulated devices ({report['machine']})\n\n" + times(report["rows"]),
-        "Solver iterations of each device, as min / mean / max over the devices under shard_map\n\n"
-        + _loops(report["loops"]),
+        "Solver iterations, min / mean / max over the devices under shard_map; all-reduces in the "
+        "loops, shard_map and plain jit; forward + backward iterations of all devices, and of the "
+        "one that takes longest, over those of plain jit\n\n" + _loops(report["loops"]),
         "Collectives of the compiled steps, on the most devices\n\n" + _programs(report),
         f"The same on {TARGET} devices, by the model, ms of a step\n\n" + _costs(report),
-        f"Published presets on {TARGET} devices, by the model, ms of a step\n\n"
-        + _published(report["published"]),
     ]
+    if report["published"]:
+        head = f"Published presets on {TARGET} devices, by the model, ms of a step\n\n"
+        parts.append(head + _published(report["published"]))
     return "\n" + "\n\n".join(parts)
 
 
@@ -182,9 +201,9 @@ def _loops(rows: Sequence[dict]) -> str:
         + [f"{row['work']:.0%}", f"{row['longest']:.0%}"]
         for row in rows
     ]
-    heads = ("inputs", "forward", "backward", "plain jit, all devices")
-    heads += ("all-reduces in loops: shard_map, plain jit", "evaluations, of plain jit's")
-    return table((*heads, "of the longest device"), lines)
+    heads = ("inputs", "forward", "backward", "plain jit, every device")
+    heads += ("all-reduces in loops", "work of all devices", "longest device")
+    return table(heads, lines)
 
 
 def _programs(report: dict) -> str:
@@ -252,8 +271,12 @@ def plot(rows: Sequence[dict], sizes: dict[str, dict], path: Path) -> None:
             costs = [cost_ms(Sizes(**sizes[DRAWN]), network, n) for n in CURVE]
             least = [c["gradients"] + c["norms"] for c in costs]
             plain = [a + c["loops"] for a, c in zip(least, costs, strict=True)]
-            right.plot(CURVE, least, styles["shard_map"], color=f"C{i}", label=f"{network}")
-            right.plot(CURVE, plain, styles["plain jit"], color=f"C{i}", label="with plain jit")
+            right.plot(
+                CURVE, least, styles["shard_map"], color=f"C{i}", label=f"{network}, shard_map"
+            )
+            right.plot(
+                CURVE, plain, styles["plain jit"], color=f"C{i}", label=f"{network}, plain jit"
+            )
         right.set_title(f"by a model: {DRAWN}", fontsize=9)
     right.set_ylabel("ms of communication in a training step")
     for ax in (left, right):

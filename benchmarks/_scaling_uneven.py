@@ -1,4 +1,4 @@
-"""A made task whose samples differ in difficulty, for the training step of the scaling benchmark."""
+"""A made task whose samples differ in difficulty, for the scaling benchmark."""
 
 from collections.abc import Callable
 from typing import Any

@@ -9,30 +9,31 @@ made map whose examples differ in difficulty.  The examples on each device stay 
 batch grows with the devices.  Every step is compiled twice, with the solves inside `jax.shard_map`
 as the experiments have them, and by plain jit (`fixed_point=deq.fixed_point`); the two take turns.
 
-Simulated devices share the machine's cores: beyond their number nothing can get faster, and with 2
-cores a step on 8 devices takes 4 times as long as one on 2 at best.  What can be read off is the
+Simulated devices share the machine's cores: beyond their number nothing gets faster, and with 2
+cores a step on 8 devices takes at best 4 times as long as one on 2.  What can be read off is the
 time of an example, which stays constant from 2 devices on if splitting costs nothing; CPU time of
 all threads says the same with waiting left out.  Nothing here says how fast a network is.
 
-In digits and prose every solve takes all of its 8 + 8 steps (tolerance 1e-30), so that the two forms
-do equal work.  In the made map each device stops when its own examples have converged; its examples
-are sorted by difficulty over the devices, the case that favours this most, and the machine's cores,
-which a device that has finished leaves to the others, turn it into time.  On real devices they do
-not: at the end of the step all wait for the slowest one.  Then the gain is at most that from the sum
-of the slowest forward and the slowest backward solve to the slowest sum, besides the all-reduces
-that are not there.  Solver steps are counted sample by sample after training for a while; a device
-takes as many as its slowest sample (`tests/test_cost.py` counts them by a callback).
+In digits and prose every solve takes all of its 8 + 8 steps (tolerance 1e-30), so that both forms
+do equal work.  In the made map each device stops when its own examples have converged.  They are
+sorted by difficulty over the devices, which favours shard_map most ("shuffled" says what is left
+without), and a device that has finished leaves the machine's cores to the others, which makes time
+of it.  On real devices it does not: at the end of a step all wait for the slowest device.  What is
+gained there is that no iteration has to be agreed on, and no more than "longest device" says.
+Solver steps are counted sample by sample, after some training; a device takes as many as its
+slowest sample (in `tests/test_cost.py` a callback counts them).
 
-Read from the compiled programs: their collectives, in and outside of loops, and their bytes.
-Reckoned from these by the model in `_scaling_model.py`, which states its sources: milliseconds on up
-to 1,024 devices; also for the published presets, whose shapes are enough.  Writes scaling.json and
-scaling.png and prints the tables.
+Read from the compiled programs: their collectives, in and outside of loops, and their bytes (as XLA
+for CPUs compiles them).  Reckoned from them by the model in `_scaling_model.py`, which states its
+sources: milliseconds on many devices; also for the published presets, whose shapes are enough.
+Writes scaling.json and scaling.png and prints the tables.
 """
 
 import argparse
 import dataclasses
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import sys
@@ -130,6 +131,9 @@ def processor() -> str:
 def main() -> None:
     """Run everything and write the results."""
     options = parse()
+    needed = ("optax", "sklearn", "matplotlib")
+    if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
+        sys.exit(f"not installed: {', '.join(absent)}; pip install -e .[train]")
     rows = [row for case in plan(options) for row in measured(case, options.steps)]
     sizes = {}
     if options.published:
@@ -141,7 +145,7 @@ def main() -> None:
         "machine": processor(),
         "threads": options.threads,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
-        "rows": rows,
+        "rows": [tables.short(row) for row in rows],
         "loops": tables.loops(rows),
         "programs": tables.programs(rows),
         "published": tables.published(sizes),

@@ -4,8 +4,8 @@ A server, so that all of them share one import of JAX: every line of stdin is a 
 
     {"processes": [[flag, ...], ...], "devices": 2, "signals": [[seconds, process, number], ...]}
 
-whose answer is a line of stdout: exit codes (negative: the signal that killed it), what was written,
-and seconds until the end of each process.  `Launcher` is the other end.
+whose answer is a line of stdout: exit code (negative: the signal that killed it), what was written
+and seconds until its end, for each process.  `Launcher` is the other end.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ class Launcher:
         """Several processes that are one run; `own` maps a process to flags of its own."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            address = "127.0.0.1:%d" % probe.getsockname()[1]
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
         shared = [f"--coordinator={address}", f"--num_processes={count}", *flags]
         processes = [[*shared, f"--process_id={i}", *(own or {}).get(i, ())] for i in range(count)]
         return self(*processes, devices=devices, signals=signals)

@@ -2,9 +2,21 @@
 
 import math
 
-from benchmarks import language, solvers, vision
+import jax
+
+import deq_jax as deq
+from benchmarks import (
+    _scaling_model,
+    _scaling_program,
+    _scaling_tables,
+    language,
+    scaling,
+    solvers,
+    vision,
+)
 from benchmarks._case import in_process
 from benchmarks._peers import Case
+from deq_jax.training import parallel
 
 
 def test_plan_leaves_out_what_optimistix_does_not_have():
@@ -94,3 +106,68 @@ def test_a_language_case_is_measured_in_its_own_process():
     row = in_process(language.RUNNER, {"case": case, "repeats": 3})
     assert "error" not in row, row
     assert row["ms"] > 0 and (row["evaluations"], row["products"]) == (4.0, 4.0)
+
+
+def test_scaling_counts_solver_steps_on_the_most_devices_only():
+    cases = scaling.plan(scaling.parse([]))
+    assert len(cases) == len(set(cases)) == 12
+    assert {case.devices for case in cases if case.trained is not None} == {8}
+    assert {case.examples for case in cases if case.model == "digits"} == {12}  # 8 x 12: the preset
+
+
+def test_collectives_are_read_from_a_compiled_program():
+    """Sizes and places that are known: a matrix's gradient, and one bool a test of a loop."""
+    mesh, side, steps = parallel.make_mesh(), 16, 5
+    x = jax.device_put(jax.numpy.ones((mesh.size, side)), parallel.batch_sharding(mesh))
+    solver = deq.Picard(tol=1e-30, max_steps=steps)
+
+    def read(fixed_point):
+        def loss(w, x):
+            def f(w, z, x):
+                return jax.numpy.tanh(z @ w + x)
+
+            return fixed_point(f, w, jax.numpy.zeros_like(x), x, solver=solver).value.sum()
+
+        w = jax.numpy.zeros((side, side))
+        program = jax.jit(jax.grad(loss)).lower(w, x).compile()
+        return _scaling_program.collectives(program.as_text())
+
+    ours = read(parallel.sharded_fixed_point(mesh))
+    (gradient,) = [c for c in ours if c.bytes == 4 * side**2]
+    assert (gradient.kind, gradient.place) == ("all-reduce", "once")
+    assert {c.place for c in ours} == {"once"}
+
+    found = _scaling_program.summary(read(deq.fixed_point), steps, steps)
+    assert (found["in_loops"], found["loop_bytes"]) == (2, 2)
+    assert found["executed"] - found["once"] == 2 * (steps + 1)
+    assert found["once_bytes"] == sum(c.bytes for c in ours) == 4 * side**2
+    assert _scaling_program.shape_bytes("(f32[2,3]{1,0}, /*index=1*/pred[], bf16[4]{0})") == 33
+
+
+def test_scaling_model_by_hand():
+    """256 GPUs are 32 nodes of 8; 256 TPU chips a torus of 4 x 8 x 8."""
+    nothing = _scaling_model.gpu_seconds(0, 256)
+    assert math.isclose(nothing, 6.8e-6 + 2 * (7 * 0.6e-6 + 5 * 5.0e-6))
+    large = _scaling_model.gpu_seconds(4e8, 256)
+    latency = 8.4e-6 + 2 * (7 * 4.0e-6 + 5 * 14.0e-6)
+    assert math.isclose(large, latency + 2 * 255 / 256 * 4e8 / 400e9)
+    assert _scaling_model.torus(256) == (4, 8, 8)
+    assert math.isclose(_scaling_model.tpu_seconds(0, 256), 20e-6)
+    assert math.isclose(_scaling_model.tpu_seconds(2.7e8, 256), 20e-6 + 2 * 255 / 256 * 1e-3)
+    assert _scaling_model.gpu_seconds(1, 1) == _scaling_model.tpu_seconds(1, 1) == 0
+
+
+def test_scaling_measures_a_case_and_puts_it_beside_failures():
+    """The made map on two devices, by the path of a real run."""
+    case = scaling.Case("uneven", devices=2, examples=4, threads=1, trained=0)
+    rows = scaling.measured(case, 3)
+    assert [row.get("form", row.get("error")) for row in rows] == ["shard_map", "plain jit"]
+    assert all(row["ms"] > 0 and row["cpu_ms"] > 0 for row in rows)
+    (ordered, shuffled) = _scaling_tables.loops(rows)
+    assert ordered["forward"][0] < ordered["forward"][1] == ordered["plain"]["forward"]
+    assert ordered["work"] < shuffled["work"] <= 1
+    ours, plain = _scaling_tables.programs(rows)
+    assert (ours["in_loops"], plain["in_loops"]) == (0, 2)
+    assert plain["executed"] - ours["executed"] == ordered["tests"]
+    text = _scaling_tables.times([*rows, {**vars(case), "error": "out of memory"}])
+    assert "| uneven | 2 | 8 | failed: out of memory |" in text and "| plain jit |" in text

@@ -153,9 +153,7 @@ def test_a_truncated_checkpoint_gives_the_one_before(launch, workdir, straight):
     assert final(workdir) == straight
 
 
-def test_when_all_checkpoints_are_truncated_the_program_says_so_and_touches_nothing(
-    launch, workdir
-):
+def test_when_all_checkpoints_are_truncated_it_says_so_and_touches_nothing(launch, workdir):
     for checkpoint in (workdir / "checkpoints").iterdir():
         truncate(checkpoint)
     before = snapshot(workdir / "checkpoints")

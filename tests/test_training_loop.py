@@ -19,6 +19,7 @@ from deq_jax.training import (
     OptimConfig,
     TrainConfig,
     UsageError,
+    make_train_step,
     metrics,
     parallel,
     read_history,
@@ -29,6 +30,8 @@ from deq_jax.training.evaluation import make_eval_step
 from deq_jax.training.optim import make_optimizer
 from deq_jax.training.placement import place
 from deq_jax.training.state import create_state
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 TINY = example.PRESETS["tiny"]
 
@@ -123,22 +126,76 @@ def test_a_finished_run_is_only_evaluated_again(straight, tmp_path):
 
 
 class Spoiled(example.Batches):
-    """Gives a batch with a NaN at one index."""
+    """Gives batches with a NaN at some indices."""
+
+    def __init__(self, *bad):
+        super().__init__(16)
+        self.bad = bad
 
     def __next__(self):
         batch = super().__next__()
-        if self.index == 18:
+        if self.index in self.bad:
             batch["y"][3] = np.nan
         return batch
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path):
+def test_an_update_that_is_not_finite_is_left_out_counted_and_shown(tmp_path, capsys):
+    result = run(config_for(tmp_path / "run", skip=2), Spoiled(9, 17, 18))
+    shown = capsys.readouterr().err
+    for step in (9, 17, 18):
+        assert f"step {step}: loss or gradient is not finite, no update was made" in shown
+    assert "updates left out 14%" in shown
+    logged = {r["step"]: r for r in result.history if r["kind"] == "train"}
+    assert [round(7 * logged[s]["skipped"]) for s in (7, 14, 21, 28)] == [0, 1, 2, 0]
+    assert all(np.isfinite(r["loss"]) for r in logged.values())
+    assert int(result.state.step) == 30
+    assert float(result.state.extra["seen"]) == 27 * 16  # nothing at all is taken from them
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.state))
+
+
+def test_a_skipped_update_leaves_the_state_as_it_was():
+    mesh = parallel.make_mesh(jax.devices()[:1])
+    task, optimizer = example.Regression(TINY), make_optimizer(TINY.optim, 30)
+    state = create_state(task, optimizer, 0, mesh)
+    before = jax.device_get(state)
+    step = make_train_step(task, TINY, optimizer, mesh)
+    state, measured = step(state, place(next(Spoiled(1)), mesh))
+    assert_same(jax.device_get(state), before.replace(step=before.step + 1))
+    measured = jax.device_get(measured)
+    assert measured.pop("skipped").total == 1
+    assert all(mean.count == 0 for mean in measured.values())
+
+
+def test_too_many_in_a_row_stop_the_run_and_spare_the_checkpoint(tmp_path, capsys):
+    config, data = config_for(tmp_path / "run", skip=3), Spoiled(9, 17, 18, 19, 20, 21)
     with pytest.raises(UsageError) as error:
-        run(config_for(tmp_path / "run", checkpoint_every=6), Spoiled(16))
-    for words in ("loss is not finite at step 18", "steps 15 to 18", "checkpoint of step 12"):
+        run(config, data)
+    for words in ("at steps 17 to 20: more than train.skip = 3", "checkpoint of step 18 is good"):
         assert words in str(error.value)
+    with pytest.raises(UsageError, match="at steps 17 to 20"):  # counted on from the checkpoint
+        run(config, Spoiled(9, 17, 18, 19, 20, 21))
+    assert "resuming" in capsys.readouterr().err
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == ["000000006", "000000012"]
+    assert kept == ["000000012", "000000018"]
+    with pytest.raises(UsageError, match=r"at step 9: more than train.skip = 0"):
+        run(config_for(tmp_path / "strict", skip=0), Spoiled(9))
+
+
+def test_solves_that_diverge_are_shown_and_do_no_harm(tmp_path, capsys):
+    class Steep(example.Regression):
+        def init(self, key):
+            params, extra = super().init(key)
+            return params | {"W": 30 * params["W"]}, extra
+
+    config = config_for(tmp_path / "run", warmup_steps=0)
+    mesh = parallel.make_mesh(jax.devices()[:1])
+    result = train(Steep(config), config, example.Batches(16), example.eval_batches, mesh=mesh)
+    shown = capsys.readouterr().err
+    assert "unconverged 100%" in shown
+    assert result.evaluation[8]["unconverged"] > 0.9
+    assert result.evaluation[8]["fwd_steps"] > 7.9  # the whole budget
+    assert result.evaluation[8]["fwd_residual"] < 2  # of the best iterate
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.state))
 
 
 def test_all_budgets_share_one_compilation():

@@ -61,7 +61,7 @@ class Console:
 
         Args:
           step: the number of finished steps.
-          values: loss, steps_per_second, fwd_steps (NFE), unconverged, corrupt and skipped are shown.
+          values: loss, steps_per_second, fwd_steps (NFE), unconverged, corrupt, skipped.
         """
         words = [f"loss {values['loss']:.4g}"] if "loss" in values else []
         if "fwd_steps" in values:

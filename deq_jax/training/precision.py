@@ -51,7 +51,7 @@ def in_bfloat16(fixed_point: Callable[..., Solution]) -> Callable[..., Solution]
     Example:
       >>> from deq_jax import Picard, fixed_point
       >>> solve, one = in_bfloat16(fixed_point), jnp.ones((1, 1))
-      >>> sol = solve(lambda p, z, x: 0.5 * z + x, None, one, one, solver=Picard(tol=1e-2))
+      >>> sol = solve(lambda p, z, x: 0.5 * z + x, None, one, one, solver=Picard(tol=4e-3))
       >>> sol.value.dtype.name, abs(sol.value.item() - 2) < 0.02
       ('float32', True)
     """

@@ -94,6 +94,8 @@ class ImageConfig(ComparedConfig):
         super().__post_init__()
         if self.model.name == "mdeq":
             trunk.check_size(self.model, self.data.size, self.data.size)
+        elif self.precision != "float32":
+            raise ValueError(f"precision must be float32 without a solve, got {self.precision}")
         elif self.jac.gamma > 0 or self.jac.increment > 0 or self.jac.warmup_gamma > 0:
             raise ValueError(
                 f"jac.gamma must be 0 for {self.model.name}, which has no equilibrium, got "

@@ -112,3 +112,5 @@ class LanguageConfig(ComparedConfig):
                 "jac.gamma must be 0 for an explicit network, which has no equilibrium, got "
                 f"{self.jac.gamma}"
             )
+        if self.model.name == "explicit" and self.precision != "float32":
+            raise ValueError(f"precision must be float32 without a solve, got {self.precision}")
