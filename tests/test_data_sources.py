@@ -231,7 +231,7 @@ def test_processes_share_one_order():
     ]
     for _ in range(8):
         parts = [next(it)["x"] for it in two]
-        np.testing.assert_array_equal(next(one)["x"], np.stack(parts, 1).ravel())
+        np.testing.assert_array_equal(next(one)["x"], np.concatenate(parts))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 12])

@@ -100,8 +100,7 @@ def train_iterator(
 
     Every epoch is a new permutation.  Order and augmentation depend on (seed, epoch, index) alone,
     so two iterators with equal arguments and equal states give equal batches, with any number of
-    workers.  Process p of n takes every n-th example of that one order from the p-th on: together
-    they give the batches that one process would give, and each gives as many.
+    workers.  Of every batch that one process would give, process p of n gives the p-th part.
 
     Args:
       source: the examples.
@@ -151,7 +150,7 @@ def eval_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """One pass over a set, in order, in batches of one shape, with every example counted once.
 
-    Process p of n takes every n-th example from the p-th on; all give the same number of batches.
+    Of every batch that one process would give, process p of n gives the p-th part.
 
     Args:
       source: the examples.
@@ -178,12 +177,12 @@ def eval_batches(
     """
     _check(source, batch_size, shard)
     number, count = shard
-    own = range(number, len(source), count)
     reader = Reader(source, transform=transform, on_corrupt=on_corrupt)
     filler: Record | None = None
     with ThreadPoolExecutor(max(threads, 1)) as pool:
-        for start in range(0, -(-len(source) // count), batch_size):
-            chosen = own[start : start + batch_size]
+        for whole in range(0, len(source), count * batch_size):
+            start = whole + number * batch_size
+            chosen = range(start, max(start, min(start + batch_size, len(source))))
             found = list(pool.map(reader.one, chosen) if threads else map(reader.one, chosen))
             good = [record for record in found if not isinstance(record, Unreadable)]
             # A batch without an example of its own is filled with one of another batch.
@@ -224,8 +223,8 @@ class _TrainBatches:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         number, count = self._shard
-        start = index * self._batch_size * count + number
-        places = range(start, start + self._batch_size * count, count)
+        start = (index * count + number) * self._batch_size
+        places = range(start, start + self._batch_size)
         found = self._read(places)
         corrupt = [isinstance(record, Unreadable) for record in found]
         records = [
