@@ -64,6 +64,17 @@ class Remembering(Regression):
         )
 
 
+class Weighted(Regression):
+    """A mean in which examples count for as much as they say."""
+
+    def forward(self, params, extra, batch, **rest):
+        output = super().forward(params, extra, batch, **rest)
+        weight = batch["mask"] * (0.1 + batch["x"][:, 0] ** 2)
+        prediction = output.solution.value @ params["v"]
+        total = ((prediction - batch["y"]) ** 2 * weight).sum()
+        return dataclasses.replace(output, loss=total / weight.sum(), weight=weight.sum())
+
+
 def run(task, config, devices=1, steps=2):
     """State and metrics after some steps."""
     mesh = parallel.make_mesh(jax.devices()[:devices])
@@ -92,7 +103,7 @@ def assert_measured(got, wanted):
         assert got[name] == close, name
 
 
-@pytest.mark.parametrize("task", [Regression, Remembering])
+@pytest.mark.parametrize("task", [Regression, Remembering, Weighted])
 @pytest.mark.parametrize("devices", [1, 4])
 def test_parts_of_a_batch_give_the_step_of_the_whole(task, devices):
     whole, expected = run(task, CONFIG)

@@ -115,6 +115,14 @@ def test_when_one_is_killed_the_others_say_so_and_all_resume(launcher, alone, wo
     assert_same(workdir, alone)
 
 
+def test_an_error_of_one_ends_all(launcher, tmp_path):
+    own = {1: ["--data.die_at=13", "--data.die_by=0"]}
+    ends = launcher.together(2, f"--workdir={tmp_path}", "--train.checkpoint_every=1", own=own)
+    assert [end.returncode for end in ends] == [watch.EXIT_CODE, 1]
+    assert "error: process 1: the data is gone" in ends[1].stderr
+    assert "error: process 1 is gone" in ends[0].stderr
+
+
 def test_sigterm_to_all_saves_and_resumes_exactly(launcher, pair, tmp_path):
     own = {i: [f"--data.die_at={13 + i}"] for i in range(2)}  # by SIGTERM, one shortly after
     ends = launcher.together(2, f"--workdir={tmp_path}", own=own)

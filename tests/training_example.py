@@ -22,6 +22,7 @@ from deq_jax.training import (
     Output,
     SolverConfig,
     TrainConfig,
+    UsageError,
     distributed,
     flags,
     option,
@@ -114,6 +115,8 @@ class Batches:
 
     def __next__(self):
         if self.index == self.die_at:
+            if not self.die_by:
+                raise UsageError("the data is gone")
             os.kill(os.getpid(), self.die_by)
         self.index += 1
         return own(make_batch(self.index - 1, self.size))
@@ -132,7 +135,7 @@ def eval_batches():
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     die_at: int = option(-1, "batch before which the program kills itself", may_change=True)
-    die_by: int = option(int(signal.SIGTERM), "signal by which it does", may_change=True)
+    die_by: int = option(int(signal.SIGTERM), "signal by which it does; 0: error", may_change=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,14 +24,14 @@ class Gradients:
     Attributes:
       grads: like the parameters.
       objective: float32 scalar, loss and penalty.
-      count: float32 scalar, what the loss is a mean over: the weight of these examples.
+      weight: float32 scalar, what the loss is a mean over.
       collections: the untrained collections after the pass.
       measured: name -> `Mean`.
     """
 
     grads: Any
     objective: jax.Array
-    count: jax.Array
+    weight: jax.Array
     collections: Any
     measured: dict[str, Mean]
 
@@ -134,7 +134,7 @@ def over_devices(found: Gradients, axis: str) -> Gradients:
 
 def _weighted(found: Gradients) -> Gradients:
     """Sums instead of means, which can be added; without collections."""
-    weigh = lambda a: a * found.count.astype(a.dtype)  # noqa: E731
+    weigh = lambda a: a * found.weight.astype(a.dtype)  # noqa: E731
     return found.replace(  # type: ignore[attr-defined]
         grads=jax.tree.map(weigh, found.grads),
         objective=weigh(found.objective),
@@ -144,7 +144,7 @@ def _weighted(found: Gradients) -> Gradients:
 
 def _unweighted(found: Gradients, collections: Any) -> Gradients:
     """Means again."""
-    mean = lambda a: a / jnp.maximum(found.count, 1).astype(a.dtype)  # noqa: E731
+    mean = lambda a: a / jnp.where(found.weight > 0, found.weight, 1).astype(a.dtype)  # noqa: E731
     return found.replace(  # type: ignore[attr-defined]
         grads=jax.tree.map(mean, found.grads),
         objective=mean(found.objective),

@@ -76,14 +76,19 @@ class Checkpoints:
         distributed.barrier("checkpoints")
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Waits for the save under way, and reports its failure without raising."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Waits for the save under way, and reports its failure without raising.
+
+        After an exception it does so in a single process only: others may not have met it, and
+        would be waited for in vain.
+        """
         try:
-            self.finish()
+            if kind is None or jax.process_count() == 1:
+                self.finish()
         except CheckpointError as error:
             self._say(str(error))
         finally:
-            self._background.shutdown()
+            self._background.shutdown(wait=self._pending is None)
             logging.getLogger("absl").removeFilter(self._quiet)
 
     def steps(self) -> list[int]:

@@ -103,6 +103,11 @@ class Evaluator:
         self._mesh = make_mesh() if mesh is None else mesh
         self._step = make_eval_step(task, self._mesh)
         self._diagnose = make_diagnostic_step(task, config, self._mesh)
+        self._first_carry = lambda: None
+        if isinstance(task, Carrying):
+            self._first_carry = jax.jit(
+                partial(task.carry, train=False), out_shardings=batch_sharding(self._mesh)
+            )
 
     def __call__(
         self, state: TrainState, eval_data: EvalData | None = None
@@ -146,12 +151,6 @@ class Evaluator:
             measured, carry = step(now, place(batch, self._mesh), max_steps)
             merged = metrics.merge(merged, jax.device_get(measured))
         return merged
-
-    def _first_carry(self) -> Any:
-        if not isinstance(self._task, Carrying):
-            return None
-        split = batch_sharding(self._mesh)
-        return jax.jit(partial(self._task.carry, train=False), out_shardings=split)()
 
 
 def evaluate(

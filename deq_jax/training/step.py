@@ -172,8 +172,8 @@ def _make_gradients(task: Task, config: Config, warmup: bool) -> Callable[..., G
             measured["penalty"] = metrics.Mean(penalty, drawn.penalise.astype(jnp.float32))
         if not warmup:
             measured |= _backward_metrics(backward, batch["mask"])
-        count = output.sums["count"].astype(jnp.float32)
-        return Gradients(grads, value, count, output.extra, measured)
+        weight = output.sums["count"] if output.weight is None else output.weight
+        return Gradients(grads, value, weight.astype(jnp.float32), output.extra, measured)
 
     return gradients
 
@@ -196,8 +196,9 @@ def forward_metrics(output: Output, batch: Batch) -> dict[str, metrics.Mean]:
       >>> metrics.compute(forward_metrics(output, {"mask": one}))
       {'loss': 0.5}
     """
-    count, mask = output.sums["count"], batch["mask"]
-    measured = {**metrics.means(output.sums), "loss": metrics.Mean(output.loss * count, count)}
+    weight = output.sums["count"] if output.weight is None else output.weight
+    measured = {**metrics.means(output.sums), "loss": metrics.Mean(output.loss * weight, weight)}
+    mask = batch["mask"]
     if CORRUPT in batch:
         corrupt = batch[CORRUPT]
         # In training another example stands in its place, in evaluation there is padding.

@@ -36,12 +36,14 @@ class Output:
       extra: the untrained collections after this pass (batch statistics ...), {} when none.
       solution: the solution of the equilibrium layer with its `equation` filled in, for statistics
         and the Jacobian penalty; None if the pass had none.
+      weight: scalar, what the loss is a mean over if that is not ``sums["count"]``; else None.
     """
 
     loss: jax.Array
     sums: dict[str, jax.Array]
     extra: Any
     solution: Solution | None
+    weight: jax.Array | None = None
 
 
 class Task(Protocol):

@@ -93,7 +93,9 @@ class LanguageTask:
     def summarize(self, sums: Mapping[str, Mean]) -> dict[str, float]:
         """Means, and the perplexity that goes with the loss."""
         values = metrics.compute(sums)
-        return values | {"perplexity": math.exp(min(values["loss"], 100))}
+        if "loss" in values:  # not where every update was left out
+            values["perplexity"] = math.exp(min(values["loss"], 100))
+        return values
 
 
 def build_model(

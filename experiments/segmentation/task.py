@@ -90,7 +90,7 @@ class SegmentationTask:
         _, height, width = batch["label"].shape
         scores = resize_bilinear(scores, (height, width))  # [B, H, W, classes]
         loss, sums = pixel_loss(scores, batch["label"], batch["mask"], jnp.asarray(self.weights))
-        return Output(loss=loss, sums=sums, extra=extra, solution=solution)
+        return Output(loss=loss, sums=sums, extra=extra, solution=solution, weight=sums["weight"])
 
     def predict(
         self, params: Any, extra: Any, images: jax.Array, max_steps: int | jax.Array
