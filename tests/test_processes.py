@@ -101,6 +101,18 @@ def test_a_checkpoint_of_two_processes_is_continued_by_any_number(
     assert_same(workdir, alone)
 
 
+def test_tables_split_over_processes_are_saved_in_parts_and_joined_again(launcher, alone, tmp_path):
+    flags = [f"--workdir={tmp_path}", "--shard_above=20"]
+    ends = launcher.together(2, *flags, own={1: ["--data.die_at=14"]})
+    assert [end.returncode for end in ends] == [128 + signal.SIGTERM] * 2
+    newest = max((tmp_path / "checkpoints").iterdir())
+    for process in range(2):  # each of them has written what it alone holds
+        files = (newest / "state" / f"ocdbt.process_{process}" / "d").iterdir()
+        assert sum(path.stat().st_size for path in files) > 100
+    finished(launcher([f"--workdir={tmp_path}"], devices=2))
+    assert_same(tmp_path, alone)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_is_killed_the_others_say_so_and_all_resume(launcher, alone, workdir, victim):
     fatal = ["--data.die_at=22", "--data.die_by=9"]
