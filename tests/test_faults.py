@@ -104,7 +104,7 @@ def test_kill_9_at_any_time_even_while_a_checkpoint_is_written(launch, tmp_path,
     assert final(tmp_path) == straight
 
 
-STEPS = "--train.steps=150"
+STEPS = "--train.steps=120"
 OFTEN = "--train.checkpoint_every=2"
 
 

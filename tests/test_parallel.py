@@ -165,8 +165,8 @@ def test_devices_under_pmap_draw_masks_and_probes_of_their_own():
     task = example.Regression(config)
     optimizer = make_optimizer(config.optim, config.train.steps)
     update = make_update(task, config, optimizer, axis="data")
-    state = jax.device_get(create_state(task, optimizer, 0, parallel.make_mesh()))
-    step = jax.vmap(update, axis_name="data", in_axes=(None, 0))  # an axis is an axis
+    state = create_state(task, optimizer, 0, parallel.make_mesh(jax.devices()[:1]))
+    step = jax.jit(jax.vmap(update, axis_name="data", in_axes=(None, 0)))  # an axis is an axis
     after, measured = step(state, {name: np.stack([a] * 2) for name, a in BATCH.items()})
     assert_close(
         jax.tree.map(lambda a: a[0], after.params), jax.tree.map(lambda a: a[1], after.params)
@@ -192,13 +192,17 @@ def test_bfloat16_is_for_f_alone():
         solver = deq.Anderson(tol=tol, max_steps=40)
         return (fixed_point(cell, params, jnp.zeros_like(x), x, solver=solver).value ** 2).sum()
 
+    @functools.partial(jax.jit, static_argnums=(0, 3))
+    def gradient(fixed_point, params, x, tol):
+        return jax.grad(functools.partial(loss, fixed_point), argnums=(0, 1))(params, x, tol)
+
     sol = low(cell, params, jnp.zeros_like(x), x, solver=solver)
     exact = deq.fixed_point(cell, params, jnp.zeros_like(x), x, solver=deq.Anderson(tol=1e-6))
     assert sol.value.dtype == jnp.float32 and bool(sol.stats.converged.all())
     error = jnp.linalg.norm(sol.value - exact.value) / jnp.linalg.norm(exact.value)
     assert 1e-5 < error < 0.02  # f really is coarse, and no coarser than it should be
-    got = jax.grad(functools.partial(loss, low), argnums=(0, 1))(params, x, 4e-3)
-    wanted = jax.grad(functools.partial(loss, deq.fixed_point), argnums=(0, 1))(params, x, 1e-6)
+    got = gradient(low, params, x, 4e-3)
+    wanted = gradient(deq.fixed_point, params, x, 1e-6)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         assert a.dtype == jnp.float32
         assert jnp.linalg.norm(a - b) < 0.03 * jnp.linalg.norm(b)

@@ -88,7 +88,7 @@ def test_four_processes_of_two_devices_learn_the_same(launcher, alone, tmp_path)
     assert_same(tmp_path, alone)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [1, 4])  # by two: after a kill, below
 def test_a_checkpoint_of_two_processes_is_continued_by_any_number(
     launcher, alone, workdir, processes
 ):
