@@ -104,26 +104,25 @@ def test_kill_9_at_any_time_even_while_a_checkpoint_is_written(launch, tmp_path,
     assert final(tmp_path) == straight
 
 
-STEPS = "--train.steps=120"
-OFTEN = "--train.checkpoint_every=2"
+OFTEN = ["--train.steps=100", "--train.checkpoint_every=2", "--train.eval_every=0"]
 
 
 def test_twenty_signals_at_random_moments(launch, tmp_path):
-    done = launch(tmp_path / "straight", STEPS, OFTEN)
+    done = launch(tmp_path / "straight", *OFTEN)
     assert done.returncode == 0, done.stderr
     rng, codes = np.random.default_rng(0), []
     while len(codes) < 20:
         kind = int(rng.choice([signal.SIGTERM, signal.SIGKILL]))
-        # From before the restored checkpoint is read to some steps, and saves, after it.
-        moment = done.seconds * rng.uniform(0.02, 0.3)
-        hit = launch(tmp_path / "run", STEPS, OFTEN, signals=[[moment, 0, kind]])
+        # From before the checkpoint is read to some steps, and saves, after it.
+        moment = rng.uniform(0.1, 1.0) * min(done.seconds, 1.6)
+        hit = launch(tmp_path / "run", *OFTEN, signals=[[moment, 0, kind]])
         assert "cannot be used" not in hit.stderr
         codes.append(hit.returncode)
         if hit.returncode == 0:  # the end, before the last of the signals: begin anew
             assert final(tmp_path / "run") == final(tmp_path / "straight")
             shutil.rmtree(tmp_path / "run")
     assert {-signal.SIGKILL, 128 + signal.SIGTERM} <= set(codes)
-    done = launch(tmp_path / "run", STEPS, OFTEN)
+    done = launch(tmp_path / "run", *OFTEN)
     assert done.returncode == 0, done.stderr
     assert final(tmp_path / "run") == final(tmp_path / "straight")
 

@@ -74,7 +74,8 @@ class Watch:
         self._closing = True
         sys.stderr.write(f"error: {message}\n")
         self._tell(_FAILED)
-        time.sleep(_GRACE + 0.3)
+        # Without process 0, to which JAX too is connected, the others would be aborted.
+        time.sleep(_GRACE if self._server is None else 3 * _GRACE)
         _leave(1)
 
     def is_alone(self) -> bool:
@@ -118,6 +119,10 @@ class Watch:
         self._gone.set()
         if last == _FAILED:
             time.sleep(_GRACE)
+            if number:
+                with contextlib.suppress(OSError):
+                    connection.settimeout(10 * _GRACE)
+                    connection.recv(1)  # returns when the other has ended
         if not self._closing:
             # A process that lost another goes too, which is all that the rest of them see.
             who = f"process {number}" if number else "process 0, or one that it waited for,"
