@@ -1,6 +1,8 @@
 """Settings of every test: eight CPU devices, no silent broadcasting, float64 on request."""
 
+import gc
 import os
+from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Most of the suite's time goes into compiling programs that run for milliseconds.
@@ -19,6 +21,19 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
     # The cost tests count compilations, which a cache on disk would hide.
     jax.config.update("jax_enable_compilation_cache", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """Forgets compiled programs before their memory mappings reach the kernel's limit of 65,530.
+
+    Beyond it the compiler crashes; a worker that runs half of the suite comes that far.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 30_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -33,7 +33,8 @@ class Ended:
 class Launcher:
     """Runs the example; use it in a `with` statement."""
 
-    def __init__(self, cache):
+    def __init__(self, cache, flags=()):
+        self.flags = [*flags]
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
@@ -57,6 +58,7 @@ class Launcher:
 
     def __call__(self, *processes, devices=2, signals=(), traceback=False):
         """One argument per process: its flags."""
+        processes = [[*self.flags, *flags] for flags in processes]
         request = {"processes": processes, "devices": devices, "signals": signals}
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()

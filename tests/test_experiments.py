@@ -27,7 +27,7 @@ def shrink(config, workdir, **parts):
     train_part = dataclasses.replace(
         config.train,
         steps=4,
-        warmup_steps=1,
+        warmup_steps=min(1, config.train.warmup_steps),
         warmup_layers=2,
         batch_size=16,
         log_every=1,

@@ -41,8 +41,6 @@ def prose(workdir, **change):
         "data.watched": 100,
         "train.steps": 4,
         "train.batch_size": 4,
-        "train.warmup_steps": 1,
-        "train.warmup_layers": 2,
         "train.log_every": 1,
         "train.eval_every": 2,
         "train.checkpoint_every": 2,
