@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 _Sampler = Callable[[jax.Array, int, int, Any], jax.Array]
+_Initializer = Callable[..., jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +64,12 @@ class MatrixInitializer:
         dtype = _check_request(self.family, shape, dtype)
         *window, n_in, n_out = shape
         wide = jnp.promote_types(dtype, jnp.float32)
+        taps = math.prod(window)
         if self.centre:
             matrix = self.sample(key, n_in, n_out, wide)
-            # The tap that a "SAME" convolution of stride 1 aligns with the output.
-            tap = tuple((size - 1) // 2 for size in window)
-            weights = jnp.zeros(shape, wide).at[tap].set(matrix)
+            kernel = jnp.zeros((taps, n_in, n_out), wide).at[_centre(window)].set(matrix)
+            weights = kernel.reshape(shape)
         else:
-            taps = math.prod(window)
             flat = self.sample(key, taps * n_in, n_out, wide)
             weights = flat.reshape(shape)
         weights = (self.scale * weights).astype(dtype)
@@ -159,6 +159,73 @@ def goe(scale: float = 1.0) -> MatrixInitializer:
     return MatrixInitializer("goe", _check_scale(scale), _sample_goe, centre=True)
 
 
+def product_first(matrix: MatrixInitializer) -> _Initializer:
+    """First factor of a product of two layers that is to be a matrix of a family.
+
+    For a hidden layer between two of n units, W1 [n, h] and W2 [h, n]: gaussian factors are
+    independent, each of scale sqrt(s), and so is their product for large h of entry variance
+    s^2 / n.  For the other families W1 W1^T = s I, and W2 = W1^T M / s with a matrix M of the
+    family, so that W1 W2 = M exactly.  Kernels of convolutions have both factors at the centre tap.
+
+    Args:
+      matrix: the family and scale s of the product.
+
+    Returns:
+      An initializer ``(key, shape, dtype) -> array`` for ``[*window, n, h]``, h at least n except
+      for gaussian ones.
+
+    Example:
+      >>> first = product_first(goe(0.5))(jax.random.key(0), (4, 9), jnp.float32)
+      >>> both = first @ product_second(goe(0.5), first)(jax.random.key(1), (9, 4), jnp.float32)
+      >>> bool(jnp.allclose(both, both.T, atol=1e-6))
+      True
+    """
+    root = math.sqrt(matrix.scale)
+    if matrix.family == "gaussian":
+        return gaussian(root)
+
+    def draw(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+        *_, n, hidden = shape
+        if hidden < n:
+            raise ValueError(
+                f"{matrix.family}: got a hidden layer of {hidden} between layers of {n}; wanted at "
+                f"least {n}, or the product of the two has no full rank; widen it or take gaussian"
+            )
+        return orthogonal(root * math.sqrt(n / hidden))(key, shape, dtype)
+
+    return draw
+
+
+def product_second(matrix: MatrixInitializer, first: jax.Array) -> _Initializer:
+    """Second factor of a product; see `product_first`.
+
+    Args:
+      matrix: the family and scale of the product.
+      first: what `product_first` drew, ``[*window, n, h]``.
+
+    Returns:
+      An initializer for ``[*window, h, n]``, whose window may be another one.
+
+    Example:
+      >>> first = product_first(orthogonal(0.5))(jax.random.key(0), (2, 3), jnp.float32)
+      >>> product_second(orthogonal(0.5), first)(jax.random.key(1), (3, 2), jnp.float32).shape
+      (3, 2)
+    """
+    if matrix.family == "gaussian":
+        return gaussian(math.sqrt(matrix.scale))
+    taps = first.reshape(-1, *first.shape[-2:])
+    centre = taps[_centre(first.shape[:-2])]  # [n, h]
+
+    def draw(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+        *window, hidden, n = shape
+        drawn = matrix(key, (n, n), dtype)
+        both = centre.T.astype(dtype) @ drawn / (matrix.scale or 1.0)
+        kernel = jnp.zeros((math.prod(window), hidden, n), dtype).at[_centre(window)].set(both)
+        return kernel.reshape(*window, hidden, n)
+
+    return draw
+
+
 def predicted_gain(family: str, scale: float) -> tuple[float, float]:
     """Predicts how much a linear DEQ amplifies its input, for wide layers.
 
@@ -242,6 +309,14 @@ def critical_scale(family: str) -> float:
     if family not in ("gaussian", "orthogonal", "goe"):
         raise ValueError(f'got family={family!r}; wanted "gaussian", "orthogonal" or "goe"')
     return 0.5 if family == "goe" else 1.0
+
+
+def _centre(window: Sequence[int]) -> int:
+    """Number of the tap that a "SAME" convolution of stride 1 aligns with the output."""
+    place = 0
+    for size in window:
+        place = place * size + (size - 1) // 2
+    return place
 
 
 def _check_scale(scale: float) -> float:

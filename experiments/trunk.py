@@ -22,10 +22,11 @@ from deq_jax.training import (
 )
 from deq_jax.training.config import StopMode
 from deq_jax.training.parallel import make_fixed_point
+from experiments.initial import InitConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrunkConfig:
+class TrunkConfig(InitConfig):
     """Stem and cell of a multiscale DEQ; an image task inherits and adds its head."""
 
     channels: tuple[int, ...] = option((24, 24), "channels of each branch, finest first")
@@ -41,6 +42,7 @@ class TrunkConfig:
     momentum: float = option(0.1, "weight of the newest batch in running batch statistics")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_cell(self)
         require(self.downsample in (0, 1, 2), "downsample", "0, 1 or 2", self.downsample)
         require(0 < self.momentum <= 1, "momentum", "in (0, 1]", self.momentum)
@@ -90,6 +92,7 @@ def build_mdeq(config: Config, trunk: TrunkConfig, head: nn.Module, mesh: Mesh) 
         groups=trunk.groups,
         post_affine=trunk.post_affine,
         dropout=trunk.dropout,
+        weights=trunk.build_weights(),
     )
     return MDEQ(
         cell=cell,

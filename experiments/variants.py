@@ -53,6 +53,26 @@ def variants(config: ComparedConfig) -> dict[str, JacConfig]:
     return {"no_jr": plain, "jr": config.jac}
 
 
+def parts(config: ConfigT) -> dict[str, ConfigT]:
+    """The configuration of every model that a command trains.
+
+    Args:
+      config: the whole configuration.
+
+    Returns:
+      Name of the model's folder -> its configuration, that folder as its workdir.
+
+    Example:
+      >>> [Path(part.workdir).name for part in parts(ComparedConfig()).values()]
+      ['model']
+    """
+    folder = Path(config.workdir).expanduser().absolute()
+    return {
+        name: dataclasses.replace(config, workdir=str(folder / name), jac=jac, compare=False)
+        for name, jac in variants(config).items()
+    }
+
+
 def train_all(
     config: ConfigT,
     make_task: Callable[[ConfigT], Task],
@@ -74,8 +94,7 @@ def train_all(
     """
     start, trained = train_data.get_state(), {}
     with workdir.claimed(config) as folder:
-        for name, jac in variants(config).items():
-            part = dataclasses.replace(config, workdir=str(folder / name), jac=jac, compare=False)
+        for name, part in parts(config).items():
             task = make_task(part)
             train_data.set_state(start)
             summarize = getattr(task, "summarize", compute)

@@ -52,6 +52,8 @@ class Block(nn.Module):
       big_kernels: how many of the two convolutions are 5x5 instead of 3x3, the first one first.
       groups: groups of every normalisation.
       kernel_init: initialiser of both kernels.
+      weights: family of the product of both kernels at their centre taps, instead of `kernel_init`;
+        gaussian ones are drawn at all taps.
 
     Example:
       >>> z = jax.numpy.ones((2, 4, 4, 8))
@@ -63,20 +65,28 @@ class Block(nn.Module):
     big_kernels: int = 0
     groups: int = 8
     kernel_init: Init = UNIFORM
+    weights: deq.init.MatrixInitializer | None = None
 
     @nn.compact
     def __call__(self, z: jax.Array, x: jax.Array | None, mask: jax.Array | None) -> jax.Array:
         """Maps z float [B, H, W, C], x and mask like z or None, to the shape of z."""
         channels = z.shape[-1]
         windows = [5 if self.big_kernels > i else 3 for i in (0, 1)]
-        init = self.kernel_init
-        h = Conv(self.expansion * channels, windows[0], kernel_init=init, name="conv1")(z)
+        first, second = self.kernel_init, self.kernel_init
+        if self.weights is not None:
+            first, second = deq.init.product_first(self.weights), self._second
+        h = Conv(self.expansion * channels, windows[0], kernel_init=first, name="conv1")(z)
         h = nn.relu(GroupNorm(self.groups, name="norm1")(h))
-        h = Conv(channels, windows[1], kernel_init=init, name="conv2")(h)
+        h = Conv(channels, windows[1], kernel_init=second, name="conv2")(h)
         h = h if mask is None else h * mask
         h = h if x is None else h + x
         h = GroupNorm(self.groups, name="norm2")(h)
         return GroupNorm(self.groups, name="norm3")(nn.relu(h + z))
+
+    def _second(self, key: jax.Array, *request: Any) -> jax.Array:
+        assert self.weights is not None
+        first = self.variables["params"]["conv1"]["kernel"]
+        return deq.init.product_second(self.weights, first)(key, *request)
 
 
 class Down(nn.Module):
@@ -173,6 +183,8 @@ class MDEQCell(nn.Module):
       post_affine: whether the last normalisation has scale and bias.
       dropout: probability of dropping an element of a block's h, one mask for a whole solve.
       kernel_init: initialiser of the kernels that weight norm owns.
+      weights: family of the initial weights of what maps a branch to itself, instead of
+        `kernel_init`: the blocks' two kernels as a product, and the 1x1 kernel after the fusion.
 
     Raises:
       ValueError: lengths that disagree, groups that do not divide, a rate outside [0, 1).
@@ -195,6 +207,7 @@ class MDEQCell(nn.Module):
     post_affine: bool = False
     dropout: float = 0.0
     kernel_init: Init = UNIFORM
+    weights: deq.init.MatrixInitializer | None = None
 
     def __post_init__(self) -> None:
         """Refuses settings that do not fit each other."""
@@ -219,7 +232,12 @@ class MDEQCell(nn.Module):
             for j in range(self.blocks):
                 big = self.big_kernels[i] if self.big_kernels else 0
                 block = Block(
-                    self.expansion, big, self.groups, self.kernel_init, name=f"branch{i}_block{j}"
+                    self.expansion,
+                    big,
+                    self.groups,
+                    self.kernel_init,
+                    self.weights,
+                    name=f"branch{i}_block{j}",
                 )
                 mask = masks[i][j] if masks is not None else None
                 y = block(y, x if i == j == 0 else None, mask)
@@ -232,7 +250,8 @@ class MDEQCell(nn.Module):
                     way = Down if j < i else Up
                     resize = way(self.channels[i], abs(i - j), self.groups, name=f"fuse_{i}_{j}")
                     total = total + resize(after_blocks[j])
-            after = After(self.groups, self.post_affine, self.kernel_init, name=f"post{i}")
+            init = self.weights or self.kernel_init
+            after = After(self.groups, self.post_affine, init, name=f"post{i}")
             fused.append(after(total))
         return tuple(fused)
 

@@ -59,6 +59,7 @@ class ToyCell(nn.Module):
 
     Attributes:
       hidden: number of hidden units.
+      weights: family of the product W2^T W1 at the start; None for the published weights.
 
     Example:
       >>> z = jnp.ones((2, 1))
@@ -69,16 +70,25 @@ class ToyCell(nn.Module):
     """
 
     hidden: int = 50
+    weights: deq.init.MatrixInitializer | None = None
 
     @nn.compact
     def __call__(self, z: jax.Array, x: jax.Array) -> jax.Array:
         """Maps state z [B, n_out] and input x [B, n_in] to the next state [B, n_out]."""
         uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         bias = self.param("bias", uniform, (1, self.hidden))  # fan in of the scalar task
-        h = nn.Dense(self.hidden, use_bias=False, kernel_init=uniform, name="W1")(z)
+        first, second = uniform, uniform
+        if self.weights is not None:
+            first, second = deq.init.product_first(self.weights), self._second
+        h = nn.Dense(self.hidden, use_bias=False, kernel_init=first, name="W1")(z)
         h = h + nn.Dense(self.hidden, use_bias=False, kernel_init=uniform, name="U")(x) + bias
-        out = nn.Dense(z.shape[-1], use_bias=False, kernel_init=uniform, name="W2")
+        out = nn.Dense(z.shape[-1], use_bias=False, kernel_init=second, name="W2")
         return out(nn.relu(h))
+
+    def _second(self, key: jax.Array, *request: Any) -> jax.Array:
+        assert self.weights is not None
+        first = self.variables["params"]["W1"]["kernel"]
+        return deq.init.product_second(self.weights, first)(key, *request)
 
 
 class DenseCell(nn.Module):
@@ -117,6 +127,7 @@ class ScalarDEQ(nn.Module):
       solver: forward solver.
       adjoint: gradient rule; None for `Implicit(solver)`.
       hidden: hidden units of the cell.
+      weights: family of the cell's initial weights; None for the published ones.
       fixed_point: `deq.fixed_point`, or the sharded one of `training.parallel`.
 
     Example:
@@ -130,6 +141,7 @@ class ScalarDEQ(nn.Module):
     solver: Solver
     adjoint: Adjoint | None = None
     hidden: int = 50
+    weights: deq.init.MatrixInitializer | None = None
     fixed_point: Callable[..., Solution] = deq.fixed_point
 
     @nn.compact
@@ -153,7 +165,7 @@ class ScalarDEQ(nn.Module):
           prediction float [B, 1], and the solution of the solve.
         """
         layer = linen.DEQ(
-            ToyCell(self.hidden, parent=None),
+            ToyCell(self.hidden, self.weights, parent=None),
             self.solver,
             adjoint=self.adjoint,
             fixed_point=self.fixed_point,

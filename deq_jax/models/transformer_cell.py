@@ -154,6 +154,9 @@ class TransformerCell(nn.Module):
       window: positions that a query attends to, its own among them; None for all there are.
       dropout: of the outputs of attention and of both layers of F, one mask for all positions.
       attention_dropout: of the attention weights.
+      weights: family of the initial weights of what maps the state to itself: each of queries, keys
+        and values (all heads together), the output map, and the feed-forward layer as a product;
+        None for the published ones.
 
     Raises:
       ValueError: for settings out of range.
@@ -179,6 +182,7 @@ class TransformerCell(nn.Module):
     window: int | None = None
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    weights: deq.init.MatrixInitializer | None = None
 
     def __post_init__(self) -> None:
         """Refuses settings that do not fit each other."""
@@ -188,14 +192,17 @@ class TransformerCell(nn.Module):
     def setup(self) -> None:
         """Creates the five maps and the two biases of the attention."""
 
-        def dense(features: int, bias: bool = True) -> nn.Dense:
-            return nn.Dense(features, use_bias=bias, kernel_init=UNIFORM)
+        def dense(features: int, bias: bool = True, init: Any = None) -> nn.Dense:
+            init = UNIFORM if self.weights is None else init
+            return nn.Dense(features, use_bias=bias, kernel_init=init or UNIFORM)
 
         shape = (self.heads, self.features // self.heads)
-        self.qkv = dense(3 * self.features, bias=False)
+        self.qkv = dense(3 * self.features, bias=False, init=self._three)
         self.r = dense(self.features, bias=False)
-        self.o = dense(self.features)
-        self.ff1, self.ff2 = dense(self.hidden), dense(self.features)
+        self.o = dense(self.features, init=self.weights)
+        first = None if self.weights is None else deq.init.product_first(self.weights)
+        self.ff1 = dense(self.hidden, init=first)
+        self.ff2 = dense(self.features, init=self._second)
         self.content_bias = self.param("content_bias", NORMAL, shape)
         self.position_bias = self.param("position_bias", NORMAL, shape)
         self.norm = nn.LayerNorm(
@@ -269,6 +276,17 @@ class TransformerCell(nn.Module):
             for k, (name, (shape, rate)) in drawn
             if rate > 0
         }
+
+    def _three(self, key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
+        """Queries, keys and values side by side, each drawn as a square matrix."""
+        assert self.weights is not None
+        parts = [self.weights(k, (shape[0], shape[0]), dtype) for k in jax.random.split(key, 3)]
+        return jnp.concatenate(parts, axis=1)
+
+    def _second(self, key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
+        assert self.weights is not None
+        first = self.ff1.variables["params"]["kernel"]
+        return deq.init.product_second(self.weights, first)(key, shape, dtype)
 
     def _heads(self, a: jax.Array) -> jax.Array:
         """[B, L, C] to [B, L, H, D]."""

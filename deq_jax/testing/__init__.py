@@ -1,4 +1,4 @@
-"""Problems with known answers, and assertions, for testing solvers and cells of your own."""
+"""For solvers and cells of your own: problems with known answers, assertions, a diagnosis."""
 
 from deq_jax.testing.assertions import (
     assert_batch_independent,
@@ -7,6 +7,7 @@ from deq_jax.testing.assertions import (
     assert_honest,
     assert_solver,
 )
+from deq_jax.testing.diagnosis import Diagnosis, diagnose
 from deq_jax.testing.problems import (
     Problem,
     affine,
@@ -20,6 +21,7 @@ from deq_jax.testing.problems import (
 from deq_jax.testing.systems import all_problems, chandrasekhar, kinsol, multiscale
 
 __all__ = [
+    "Diagnosis",
     "Problem",
     "affine",
     "all_problems",
@@ -30,6 +32,7 @@ __all__ = [
     "assert_solver",
     "chandrasekhar",
     "cosine",
+    "diagnose",
     "exponential",
     "kinsol",
     "logistic",

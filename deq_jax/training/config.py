@@ -273,6 +273,11 @@ class Config:
         "folder whose weights a new run starts from: the workdir of a trained model, or what "
         "python -m deq_jax.convert.mdeq or .transformer wrote; empty for random weights",
     )
+    diagnose: bool = option(
+        False, "instead of training, diagnose the model in workdir, in init_from, or at its "
+        "initial weights",
+        may_change=True,
+    )  # fmt: skip
     accumulate: int = option(
         1, "parts that a training batch is computed in, one after the other, for one update"
     )

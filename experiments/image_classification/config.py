@@ -34,6 +34,7 @@ class ModelConfig(trunk.TrunkConfig):
         )
         require(self.final >= 1, "final", "at least 1", self.final)
         if self.name != "mdeq":
+            require(self.init == "published", "init", "published for a resnet", self.init)
             require(self.downsample in (0, 2), "downsample", "0 or 2 for a resnet", self.downsample)
 
 

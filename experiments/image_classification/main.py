@@ -10,26 +10,31 @@ weights of another run, or from converted ones (deq_jax.convert.mdeq).
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 
 from deq_jax.training import flags
 from deq_jax.training.parallel import make_mesh
+from experiments import diagnose
 from experiments import report as shared
 from experiments.image_classification import report
 from experiments.image_classification.config import ImageConfig
 from experiments.image_classification.data import build_data
 from experiments.image_classification.presets import PRESETS
 from experiments.image_classification.task import ImageTask
-from experiments.variants import train_all
+from experiments.variants import parts, train_all
 
 
 def run(config: ImageConfig) -> dict[str, report.Trained]:
     """Trains "no_jr" and "jr" for a comparison, else "model"; writes the report."""
     train_data, eval_data = build_data(config)  # before anything is written: it may be missing
     mesh = make_mesh()
-    folder, trained = train_all(
-        config, lambda part: ImageTask(part, mesh), train_data, eval_data, mesh
-    )
+    make_task = partial(ImageTask, mesh=mesh)
+    if config.diagnose:
+        shared.show(diagnose.run(parts(config), make_task, train_data, mesh))
+        return {}
+    folder, trained = train_all(config, make_task, train_data, eval_data, mesh)
     shared.show(report.write(folder, config, trained, eval_data, mesh))
     return trained
 

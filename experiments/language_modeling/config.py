@@ -7,11 +7,12 @@ from typing import Literal
 
 from deq_jax.models.transformer_cell import check_cell
 from deq_jax.training import option, require
+from experiments.initial import InitConfig
 from experiments.variants import ComparedConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(InitConfig):
     """A DEQ-Transformer, or the explicit network it is compared with."""
 
     name: Literal["deq", "explicit"] = option(
@@ -33,6 +34,7 @@ class ModelConfig:
     tied: bool = option(False, "whether the layers of the explicit network share their weights")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_cell(self)
         require(self.memory >= 0, "memory", "at least 0", self.memory)
         require(self.init_std > 0, "init_std", "above 0", self.init_std)

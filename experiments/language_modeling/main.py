@@ -13,18 +13,20 @@ weights of another run, or from converted ones (deq_jax.convert.transformer).
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import jax
 
 from deq_jax.training import flags
 from deq_jax.training.parallel import make_mesh
+from experiments import diagnose
 from experiments import report as shared
 from experiments.language_modeling import generate, report
 from experiments.language_modeling.config import LanguageConfig
 from experiments.language_modeling.data import build_data
 from experiments.language_modeling.presets import PRESETS
 from experiments.language_modeling.task import LanguageTask
-from experiments.variants import train_all
+from experiments.variants import parts, train_all
 
 
 def run(config: LanguageConfig) -> dict[str, report.Trained]:
@@ -33,10 +35,11 @@ def run(config: LanguageConfig) -> dict[str, report.Trained]:
         sys.stdout.write(generate.run(config) + "\n")
         return {}
     texts, mesh = build_data(config), make_mesh()  # before anything is written: it may be missing
-    words = len(texts.corpus.vocabulary)
-    folder, trained = train_all(
-        config, lambda part: LanguageTask(part, mesh, words), texts.train, texts.watched, mesh
-    )
+    make_task = partial(LanguageTask, mesh=mesh, words=len(texts.corpus.vocabulary))
+    if config.diagnose:
+        shared.show(diagnose.run(parts(config), make_task, texts.train, mesh))
+        return {}
+    folder, trained = train_all(config, make_task, texts.train, texts.watched, mesh)
     shared.show(report.write(folder, config, trained, texts, mesh))
     return trained
 

@@ -137,6 +137,7 @@ def build_model(
         window=part.window,
         dropout=part.dropout,
         attention_dropout=part.attention_dropout,
+        weights=part.build_weights(),
     )
     common: Any = {
         "vocab": vocab,

@@ -15,11 +15,12 @@ import jax
 
 from deq_jax.training import flags
 from deq_jax.training.parallel import make_mesh
+from experiments import diagnose
 from experiments import report as shared
 from experiments.segmentation import data, presets, report
 from experiments.segmentation.config import SegmentationConfig
 from experiments.segmentation.task import SegmentationTask
-from experiments.variants import train_all
+from experiments.variants import parts, train_all
 
 
 def run(config: SegmentationConfig) -> dict[str, report.Trained]:
@@ -30,6 +31,9 @@ def run(config: SegmentationConfig) -> dict[str, report.Trained]:
     def make_task(part: SegmentationConfig) -> SegmentationTask:
         return SegmentationTask(part, mesh, names=names, weights=sets.weights)
 
+    if config.diagnose:
+        shared.show(diagnose.run(parts(config), make_task, sets.train, mesh))
+        return {}
     folder, trained = train_all(config, make_task, sets.train, sets.eval, mesh)
     shared.show(report.write(folder, config, trained, sets, mesh))
     return trained

@@ -28,15 +28,17 @@ from deq_jax.training import (
     option,
     require,
 )
+from experiments.initial import InitConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(InitConfig):
     """f(z; x) = W2^T relu(W1 z + U x + b)."""
 
     hidden: int = option(50, "hidden units")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.hidden >= 1, "hidden", "at least 1", self.hidden)
 
 

@@ -9,9 +9,12 @@ fixed_point_map.png beside them.  About 1.5 minutes on 2 CPU cores.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
+from pathlib import Path
 
 from deq_jax.training import flags, train, workdir
 from deq_jax.training.parallel import make_mesh
+from experiments import diagnose
 from experiments import report as shared
 from experiments.toy_regression import report
 from experiments.toy_regression.config import PRESETS, ToyConfig
@@ -19,23 +22,19 @@ from experiments.toy_regression.task import ToyTask, build_data
 
 
 def run(config: ToyConfig) -> dict[float, report.Trained]:
-    """Trains all models and writes the report.
-
-    Args:
-      config: the whole configuration.
-
-    Returns:
-      gamma -> the trained model.
-    """
-    mesh = make_mesh()
+    """Trains all models, gamma -> model, and writes the report."""
+    mesh, folder, parts = make_mesh(), Path(config.workdir).expanduser().absolute(), {}
+    for gamma in config.gammas:
+        jac, name = dataclasses.replace(config.jac, gamma=gamma), f"gamma_{gamma:g}"
+        parts[gamma] = dataclasses.replace(config, workdir=str(folder / name), jac=jac)
+    if config.diagnose:
+        named = {f"gamma = {gamma:g}": part for gamma, part in parts.items()}
+        data, _ = build_data(config)
+        shared.show(diagnose.run(named, partial(ToyTask, mesh=mesh), data, mesh))
+        return {}
     trained = {}
     with workdir.claimed(config) as folder:
-        for gamma in config.gammas:
-            part = dataclasses.replace(
-                config,
-                workdir=str(folder / f"gamma_{gamma:g}"),
-                jac=dataclasses.replace(config.jac, gamma=gamma),
-            )
+        for gamma, part in parts.items():
             task = ToyTask(part, mesh)
             trained[gamma] = report.Trained(task, train(task, part, *build_data(part), mesh=mesh))
         shared.show(report.write(folder, config, trained))

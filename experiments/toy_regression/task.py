@@ -34,6 +34,7 @@ class ToyTask:
             solver=config.build_solver(),
             adjoint=config.backward.build_adjoint(),
             hidden=config.model.hidden,
+            weights=config.model.build_weights(),
             fixed_point=make_fixed_point(config, mesh),
         )
         self.tied = self.model.clone(adjoint=deq.Unroll(config.train.warmup_layers))

@@ -1,0 +1,187 @@
+"""What `--diagnose` prints: `deq.testing.diagnose` of the equilibria of one training batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+import deq_jax as deq
+from deq_jax import tree
+from deq_jax.solvers import Solution
+from deq_jax.testing import diagnose
+from deq_jax.training import Config, DataIterator, Task, UsageError, weights
+from deq_jax.training.checkpoint import saved_steps
+from deq_jax.training.parallel import batch_sharding, replicated
+from deq_jax.training.placement import place
+from deq_jax.training.state import split_seed
+from deq_jax.training.task import CARRY, Carrying
+
+EXAMPLES = 16
+"""Examples of the batch that are diagnosed, at most."""
+
+SEGMENTS = 4
+"""Batches that a task which carries a memory reads, the last of which is diagnosed."""
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def run(
+    parts: Mapping[str, ConfigT],
+    make_task: Callable[[ConfigT], Task],
+    train_data: DataIterator,
+    mesh: Mesh,
+) -> str:
+    """Diagnoses the models of a command; writes nothing.
+
+    Args:
+      parts: name of a model -> its configuration, whose workdir is the model's own folder.  Models
+        that have checkpoints are diagnosed; where none has, the first one at the weights that its
+        training would start from.
+      make_task: builds a task.
+      train_data: endless batches.
+      mesh: the devices.
+
+    Returns:
+      A report, in Markdown.
+
+    Raises:
+      UsageError: for several processes, a model without an equilibrium, or weights that do not fit.
+    """
+    if jax.process_count() > 1:
+        raise UsageError(
+            f"got --diagnose in a run of {jax.process_count()} processes; wanted one: a few "
+            "examples are diagnosed, on one device; start it again in a single process"
+        )
+    trained = {n: p for n, p in parts.items() if saved_steps(Path(p.workdir) / "checkpoints")}
+    chosen = trained or dict([next(iter(parts.items()))])
+    start, reports = train_data.get_state(), []
+    for name, part in chosen.items():
+        task = make_task(part)
+        params, extra, source = load(part, task, mesh)
+        train_data.set_state(start)
+        solution = solve(part, task, params, extra, train_data, mesh)
+        reports.append(f"# {name}, {source}\n\n{report(part, solution)}")
+    return "\n".join(reports)
+
+
+def load(config: Config, task: Task, mesh: Mesh) -> tuple[Any, Any, str]:
+    """The weights of a model's newest checkpoint, else those that its training would start from.
+
+    Args:
+      config: workdir, init_from and train.seed are read.
+      task: draws the initial weights.
+      mesh: the devices, each of which gets all of them.
+
+    Returns:
+      (params, extra), and where they are from.
+
+    Raises:
+      UsageError: they cannot be read, or are of another model.
+    """
+    folder = Path(config.workdir)
+    if not saved_steps(folder / "checkpoints"):
+        key = split_seed(config.train.seed)[0]
+        params, extra = jax.jit(task.init, out_shardings=replicated(mesh))(key)
+        if not config.init_from:
+            return params, extra, f"at its initial weights (no checkpoint in {folder})"
+        loaded = weights.load(Path(config.init_from))
+        return *weights.adopt((params, extra), loaded, print), f"weights of {config.init_from}"
+    loaded = weights.load(folder)
+    there, here = map(_shapes, (loaded, jax.eval_shape(task.init, jax.random.key(0))))
+    differing = sorted(n for n in there.keys() | here.keys() if there.get(n) != here.get(n))
+    if differing:
+        name = differing[0]
+        raise UsageError(
+            f"the checkpoints in {folder} are of another model: {name} is {there.get(name)} there "
+            f"and {here.get(name)} here; give the preset and the settings of model that it was "
+            "trained with, or another --workdir"
+        )
+    return *jax.device_put(loaded, replicated(mesh)), f"weights of {folder}"
+
+
+def solve(
+    config: Config, task: Task, params: Any, extra: Any, data: DataIterator, mesh: Mesh
+) -> Solution:
+    """The equilibria of one training batch, as in an evaluation: without dropout.
+
+    Args:
+      config: the evaluation's budget is read.
+      task: model and loss.
+      params: its parameters.
+      extra: its untrained collections.
+      data: training batches.
+      mesh: the devices.
+
+    Returns:
+      The solution of the batch, with its equation.
+
+    Raises:
+      UsageError: the model has no equilibrium.
+    """
+
+    @jax.jit
+    def step(params: Any, extra: Any, batch: Any) -> tuple[Solution | None, Any]:
+        output = task.forward(
+            params, extra, batch, key=None, train=False, warmup=False,
+            max_steps=config.eval_steps, probe=None,
+        )  # fmt: skip
+        return output.solution, output.extra
+
+    carries, solution = isinstance(task, Carrying), None
+    if isinstance(task, Carrying):
+        extra = {**extra, CARRY: jax.device_put(task.carry(train=True), batch_sharding(mesh))}
+    for _ in range(SEGMENTS if carries else 1):
+        solution, extra = step(params, extra, place(next(data), mesh))
+    if solution is None:
+        raise UsageError(
+            "got --diagnose for a model without an equilibrium (an explicit network: see "
+            "model.name); wanted one that solves z = f(z, x)"
+        )
+    return solution
+
+
+def report(config: Config, solution: Solution) -> str:
+    """Diagnoses an equation from z = 0, on one device.
+
+    Args:
+      config: solver, the evaluation's budget, eval.spectral_iters and train.seed are read.
+      solution: of a batch.
+
+    Returns:
+      The report of `deq.testing.diagnose`.
+    """
+    f, *operands = solution.at
+    batch = tree.batch_size(solution.value)
+
+    def first(leaf: jax.Array) -> jax.Array:  # the rule by which solves are split over devices
+        return leaf[:EXAMPLES] if leaf.shape[:1] == (batch,) else leaf
+
+    params, z, x = jax.tree.map(jnp.asarray, jax.device_get(operands))
+    z, x = jax.tree.map(first, (z, x))
+    own, budget = config.solver, config.eval_steps
+    common: Any = {"tol": own.tol, "max_steps": budget, "stop": own.stop}
+    solvers = {kind.__name__: kind(**common) for kind in (deq.Picard, deq.Anderson, deq.Broyden)}
+    configured = own.build(budget)
+    label = type(configured).__name__
+    if configured != solvers[label]:
+        solvers[f"{label}, as configured"] = configured
+    found = diagnose(
+        jax.jit(f),
+        params,
+        jax.tree.map(jnp.zeros_like, z),
+        x,
+        key=jax.random.key(config.train.seed),
+        solvers=solvers,
+        iters=max(2, config.eval.spectral_iters),
+    )
+    return f"{tree.batch_size(z)} examples of a training batch, from z = 0:\n\n{found}"
+
+
+def _shapes(loaded: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(loaded)
+    return {jax.tree_util.keystr(path[1:]): leaf.shape for path, leaf in leaves}

@@ -1,0 +1,1 @@
+"""Initial weights that a DEQ can be trained from: what theory predicts and what training shows."""
