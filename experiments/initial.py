@@ -17,7 +17,7 @@ FAMILIES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InitConfig:
+class FamilyConfig:
     """How the weights begin that map the state of a DEQ to itself; a model's settings inherit."""
 
     init: Literal["published", "gaussian", "orthogonal", "goe"] = option(
@@ -38,7 +38,7 @@ class InitConfig:
           An initializer, None for the published weights.
 
         Example:
-          >>> InitConfig(init="goe", init_scale=0.4).build_weights().scale
+          >>> FamilyConfig(init="goe", init_scale=0.4).build_weights().scale
           0.4
         """
         return None if self.init == "published" else FAMILIES[self.init](self.init_scale)

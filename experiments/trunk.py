@@ -22,11 +22,11 @@ from deq_jax.training import (
 )
 from deq_jax.training.config import StopMode
 from deq_jax.training.parallel import make_fixed_point
-from experiments.initial import InitConfig
+from experiments.initial import FamilyConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrunkConfig(InitConfig):
+class TrunkConfig(FamilyConfig):
     """Stem and cell of a multiscale DEQ; an image task inherits and adds its head."""
 
     channels: tuple[int, ...] = option((24, 24), "channels of each branch, finest first")

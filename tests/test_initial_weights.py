@@ -14,7 +14,7 @@ from deq_jax.models.mlp import ToyCell
 from deq_jax.models.transformer_cell import Injection, Memory, TransformerCell, positions
 from deq_jax.training import fields
 from experiments.image_classification.presets import PRESETS as IMAGE_PRESETS
-from experiments.initial import FAMILIES, InitConfig
+from experiments.initial import FAMILIES, FamilyConfig
 from experiments.language_modeling.presets import PRESETS as LANGUAGE_PRESETS
 from experiments.segmentation.presets import PRESETS as SEGMENTATION_PRESETS
 from experiments.toy_regression.config import PRESETS as TOY_PRESETS
@@ -89,9 +89,7 @@ def test_the_scalar_cell(family):
 
 
 def test_hidden_layers_too_narrow_for_a_product_are_refused():
-    with pytest.raises(
-        ValueError, match="layer of 4 between layers of 8; wanted at least 8"
-    ):
+    with pytest.raises(ValueError, match="layer of 4 between layers of 8; wanted at least 8"):
         deq.init.product_first(deq.init.goe(0.5))(jax.random.key(0), (8, 4))
 
 
@@ -118,6 +116,6 @@ def test_all_presets_have_the_flag(presets):
 
 
 def test_published_weights_are_the_default_and_unchanged():
-    assert InitConfig().build_weights() is None
+    assert FamilyConfig().build_weights() is None
     cell = TransformerCell(features=8, heads=2, hidden=16)
     assert dataclasses.replace(cell, weights=None) == cell

@@ -10,12 +10,12 @@ import pytest
 from absl import flags as absl_flags
 
 import deq_jax as deq
-from deq_jax.training import UsageError, flags
+from deq_jax.training import UsageError, fields, flags
 from deq_jax.training.optim import make_optimizer
 from deq_jax.training.parallel import make_mesh
 from deq_jax.training.state import create_state
 from deq_jax.training.step import make_update
-from experiments.initialization import data, main, report, theory, verdict
+from experiments.initialization import data, main, models, report, theory, verdict
 from experiments.initialization.config import FAMILIES, PRESETS, SweepConfig, TheoryConfig
 from experiments.initialization.sweep import Sweep
 
@@ -238,3 +238,34 @@ def test_a_folder_of_another_configuration_and_missing_data_are_refused(tmp_path
     with pytest.raises(FileNotFoundError, match="mnist"):
         main.run(dataclasses.replace(mnist, mode="sweep", data=absent, workdir=str(tmp_path)))
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compilation_cache")
+def test_other_models_are_trained_from_the_families(tmp_path, monkeypatch, capsys):
+    """One update of a shrunk prose for each: the weights differ, the files are there."""
+    short = models._short
+
+    def shrink(config, steps):
+        small = {"train.steps": 2, "train.log_every": 1, "train.checkpoint_every": 2}
+        if "length" in vars(config.data):
+            small |= {"model.features": 8, "model.heads": 2, "model.hidden": 16, "model.memory": 4}
+            small |= {"data.length": 4, "data.eval_length": 4, "data.watched": 60}
+            small |= {"data.eval_memory": 4, "data.cache": "none"}
+        else:
+            small |= {"model.channels": (4, 4), "model.groups": 2, "model.head": (2, 2)}
+            small |= {"model.final": 8, "train.batch_size": 16, "data.eval_split": "test"}
+        return fields.replace(short(config, steps), small | {"eval.max_steps": 6})
+
+    monkeypatch.setattr(models, "_short", shrink)
+    part = dataclasses.replace(DIGITS.models, families=("goe",), scales=(0.5,))
+    main.run(dataclasses.replace(DIGITS, mode="models", workdir=str(tmp_path), models=part))
+    shown = capsys.readouterr().out
+    assert "| prose  | goe" in shown and "| digits | published" in shown
+    records = json.loads((tmp_path / "models" / "results.json").read_text())["records"]
+    assert [(r["model"], r["family"]) for r in records] == [
+        (m, f) for m in ("prose", "digits") for f in ("published", "goe")
+    ]
+    assert records[0]["score"] != records[1]["score"]
+    assert all(np.isfinite(r["score"]) and r["radius"] > 0 for r in records)
+    assert (tmp_path / "models" / "models.png").stat().st_size > 10_000

@@ -128,3 +128,31 @@ def sweep(
         fontsize=10,
     )
     shared.save(figure, path)
+
+
+def models(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Draws score, share not solved and spectral radius over the scale, a row for each model.
+
+    Args:
+      path: of the PNG.
+      records: from `models.measure`.
+    """
+    names = list(dict.fromkeys(r["model"] for r in records))
+    figure, axes = shared.new_figure(len(names), 3, (13, 3.6 * len(names)))
+    for row, name in zip(axes, names, strict=True):
+        own = [r for r in records if r["model"] == name]
+        panels = (("score", own[0]["metric"]), ("end_unsolved", "not solved"), ("radius", "radius"))
+        for axis, (key, label) in zip(row, panels, strict=True):
+            for family in FAMILIES:
+                points = [(r["scale"], r[key]) for r in own if r["family"] == family]
+                points = [(x, y) for x, y in points if y is not None]
+                style = {"color": _COLORS[family], "marker": _MARKERS[family], "label": family}
+                axis.plot(*zip(*points, strict=True), **style) if points else None
+            published = [r[key] for r in own if r["family"] == "published" and r[key] is not None]
+            for y in published:
+                axis.axhline(y, color="0.4", linestyle="--", linewidth=1, label="published")
+            axis.set(title=name, xlabel="scale s", ylabel=label)
+            if key != "end_unsolved" and name == "prose":
+                axis.set_yscale("log")
+        row[0].legend(frameon=False, fontsize=8)
+    shared.save(figure, path)

@@ -3,10 +3,12 @@
     python -m experiments.initialization.main --mode=theory
     python -m experiments.initialization.main --mode=sweep
     python -m experiments.initialization.main --mode=sweep --preset=mnist --data.dir=DIR
+    python -m experiments.initialization.main --mode=models
 
 `theory` measures random matrices and linear DEQs beside what random-matrix theory predicts; `sweep`
-trains fully connected DEQs from them, family x scale x seed.  WORKDIR/MODE gets results.md,
-results.json and a picture.  Each takes about 2 minutes on 2 CPU cores, the sweep of mnist 6.
+trains fully connected DEQs from them, family x scale x seed; `models` trains the presets prose and
+digits from them.  WORKDIR/MODE gets results.md, results.json and a picture.  Each takes about 2
+minutes on 2 CPU cores, the sweep of mnist 6.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ import os
 import jax
 
 from deq_jax.training import UsageError, flags, workdir
+from deq_jax.training.parallel import make_mesh
 from experiments import report as shared
-from experiments.initialization import report, theory
+from experiments.initialization import models, report, theory
 from experiments.initialization.config import PRESETS, InitConfig
 from experiments.initialization.sweep import Sweep
 
@@ -30,8 +33,11 @@ def run(config: InitConfig) -> None:
     part = dataclasses.replace(config, workdir=os.path.join(config.workdir, config.mode))
     sweep = Sweep(config) if config.mode == "sweep" else None  # its data may be missing
     with workdir.claimed(part) as folder:
-        if sweep is None:
+        if config.mode == "theory":
             text = report.write_theory(folder, config, theory.measure(config.theory))
+        elif sweep is None:
+            records = models.measure(config.models, folder, make_mesh())
+            text = report.write_models(folder, config, records)
         else:
             families = {name: sweep.run(name) for name in config.sweep.families}
             compiled = {what: program.compiled for what, program in sweep.programs.items()}

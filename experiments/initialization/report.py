@@ -281,3 +281,38 @@ def _sweep_numbers(
             "cells": cells,
         }
     return numbers
+
+
+def write_models(folder: Path, config: InitConfig, records: Sequence[Mapping[str, Any]]) -> str:
+    """Writes results.md, results.json and models.png.
+
+    Args:
+      folder: of the experiment.
+      config: models is read.
+      records: from `models.measure`.
+
+    Returns:
+      The table.
+    """
+
+    def cell(value: float | None, form: str) -> str:
+        return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+    header = ["model", "weights", "scale", "score", "not solved, start", "not solved, end"]
+    header += ["radius", "updates left out"]
+    rows = []
+    for r in records:
+        score = cell(r["score"], ".1%" if r["metric"] == "accuracy" else ".1f")
+        shares = [cell(r[n], ".0%") for n in ("start_unsolved", "end_unsolved")]
+        scale = "-" if r["family"] == "published" else f"{r['scale']:g}"
+        rows.append([r["model"], r["family"], scale, f"{r['metric']} {score}", *shares])
+        rows[-1] += [cell(r["radius"], ".2f"), cell(r["skipped"], ".0%")]
+    text = shared.table(header, rows)
+    text += f"""
+{config.models.steps} updates without penalty, seed 0.  Not solved: examples of the first updates,
+within training's budget; of the evaluation, within its larger one.  Radius: spectral, of df/dz, at
+the end.
+"""
+    shared.write(folder, text, {"records": records})
+    draw.models(folder / "models.png", records)
+    return text

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import deq_jax as deq
 from deq_jax.models import mlp
 from deq_jax.training import Batch, Output
 from deq_jax.training.parallel import make_fixed_point
+from experiments.initial import FAMILIES
 from experiments.initialization.config import InitConfig
 
 _ACTIVATIONS = {
@@ -19,12 +19,6 @@ _ACTIVATIONS = {
     "relu": jax.nn.relu,
     "hard_tanh": mlp.hard_tanh,
     "identity": mlp.identity,
-}
-
-_UNIT = {
-    "gaussian": deq.init.gaussian(1.0),
-    "orthogonal": deq.init.orthogonal(1.0),
-    "goe": deq.init.goe(1.0),
 }
 
 
@@ -62,7 +56,7 @@ class MLPTask:
         Returns:
           (params, {}).
         """
-        model = self.model.clone(kernel_init=_UNIT[family])
+        model = self.model.clone(kernel_init=FAMILIES[family](1.0))
         variables: Any = model.init(key, jnp.zeros((1, self._inputs)), train=False, max_steps=0)
         params = variables["params"]
         cell = params["equilibrium"]["f"]

@@ -13,18 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import deq_jax as deq
+from experiments import initial
 from experiments.initialization.config import FAMILIES, TheoryConfig
 
 SOLVERS = {
     "picard": deq.Picard,
     "anderson": functools.partial(deq.Anderson, memory=5),
     "broyden": functools.partial(deq.Broyden, memory=20),
-}
-
-_DRAW = {
-    "gaussian": deq.init.gaussian(1.0),
-    "orthogonal": deq.init.orthogonal(1.0),
-    "goe": deq.init.goe(1.0),
 }
 
 
@@ -59,7 +54,7 @@ def _measure_matrix(
     """The numbers of one matrix at every scale."""
     key = jax.random.fold_in(jax.random.key(seed), size)
     draw_key, x_key = jax.random.split(key)
-    unit = _DRAW[family](draw_key, (size, size))
+    unit = initial.FAMILIES[family](1.0)(draw_key, (size, size))
     scales = np.array(config.fractions) * deq.init.critical_scale(family)
     x = jax.random.normal(x_key, (config.inputs, size))
     solved = {}

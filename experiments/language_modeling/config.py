@@ -7,12 +7,12 @@ from typing import Literal
 
 from deq_jax.models.transformer_cell import check_cell
 from deq_jax.training import option, require
-from experiments.initial import InitConfig
+from experiments.initial import FamilyConfig
 from experiments.variants import ComparedConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig(InitConfig):
+class ModelConfig(FamilyConfig):
     """A DEQ-Transformer, or the explicit network it is compared with."""
 
     name: Literal["deq", "explicit"] = option(

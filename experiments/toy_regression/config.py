@@ -28,11 +28,11 @@ from deq_jax.training import (
     option,
     require,
 )
-from experiments.initial import InitConfig
+from experiments.initial import FamilyConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig(InitConfig):
+class ModelConfig(FamilyConfig):
     """f(z; x) = W2^T relu(W1 z + U x + b)."""
 
     hidden: int = option(50, "hidden units")
