@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from absl import flags as absl_flags
 
 import deq_jax as deq
-from deq_jax.training import UsageError, fields, flags
+from deq_jax.training import Diverged, TrainResult, UsageError, fields, flags
 from deq_jax.training.optim import make_optimizer
 from deq_jax.training.parallel import make_mesh
 from deq_jax.training.state import create_state
@@ -240,10 +241,9 @@ def test_a_folder_of_another_configuration_and_missing_data_are_refused(tmp_path
     assert not (tmp_path / "sweep").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("compilation_cache")
-def test_other_models_are_trained_from_the_families(tmp_path, monkeypatch, capsys):
-    """One update of a shrunk prose for each: the weights differ, the files are there."""
+@pytest.fixture
+def shrunk(monkeypatch):
+    """The presets of --mode=models, smaller."""
     short = models._short
 
     def shrink(config, steps):
@@ -252,20 +252,49 @@ def test_other_models_are_trained_from_the_families(tmp_path, monkeypatch, capsy
             small |= {"model.features": 8, "model.heads": 2, "model.hidden": 16, "model.memory": 4}
             small |= {"data.length": 4, "data.eval_length": 4, "data.watched": 60}
             small |= {"data.eval_memory": 4, "data.cache": "none"}
-        else:
-            small |= {"model.channels": (4, 4), "model.groups": 2, "model.head": (2, 2)}
-            small |= {"model.final": 8, "train.batch_size": 16, "data.eval_split": "test"}
         return fields.replace(short(config, steps), small | {"eval.max_steps": 6})
 
     monkeypatch.setattr(models, "_short", shrink)
-    part = dataclasses.replace(DIGITS.models, families=("goe",), scales=(0.5,))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compilation_cache", "shrunk")
+def test_a_language_model_is_trained_from_the_families(tmp_path, capsys):
+    """Two updates of each: the weights differ, the files are there."""
+    part = dataclasses.replace(
+        DIGITS.models, names=("prose",), families=("goe",), scales=(0.5,), seeds=1
+    )
     main.run(dataclasses.replace(DIGITS, mode="models", workdir=str(tmp_path), models=part))
-    shown = capsys.readouterr().out
-    assert "| prose  | goe" in shown and "| digits | published" in shown
-    records = json.loads((tmp_path / "models" / "results.json").read_text())["records"]
-    assert [(r["model"], r["family"]) for r in records] == [
-        (m, f) for m in ("prose", "digits") for f in ("published", "goe")
-    ]
+    shown, folder = capsys.readouterr().out, tmp_path / "models"
+    assert re.search(r"prose +\|.* goe +\|.* 0.5 +\| perplexity .*0 of 1", shown)
+    records = json.loads((folder / "results.json").read_text())["records"]
+    assert [r["family"] for r in records] == ["published", "goe"]
     assert records[0]["score"] != records[1]["score"]
-    assert all(np.isfinite(r["score"]) and r["radius"] > 0 for r in records)
-    assert (tmp_path / "models" / "models.png").stat().st_size > 10_000
+    assert all(np.isfinite(r["score"][0]) and r["radius"][0] > 0 for r in records)
+    assert (folder / "models.png").stat().st_size > 10_000
+    config = json.loads((folder / "prose" / "goe_0.5_seed0" / "config.json").read_text())
+    assert config["model"]["init"] == "goe" and config["jac"]["gamma"] == 0
+
+
+@pytest.mark.usefixtures("shrunk")
+def test_trainings_that_come_apart_are_counted_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    """Every second one of the multiscale DEQ; the others return what training would."""
+    seen = []
+
+    def train(task, config, *data, **settings):
+        seen.append((config.model.init, config.model.init_scale, config.train.seed))
+        if config.train.seed % 2:
+            raise Diverged("loss or gradient is not finite")
+        final = {"accuracy": 0.5, "unconverged": 0.25, "spectral_radius": 2.0}
+        history = [{"kind": "train", "step": 1, "unconverged": 1.0}]
+        return TrainResult(None, {config.eval_steps: final}, history)
+
+    monkeypatch.setattr(models, "train", train)
+    part = dataclasses.replace(DIGITS.models, names=("digits",), scales=(0.5, 2.0), seeds=2)
+    main.run(dataclasses.replace(DIGITS, mode="models", workdir=str(tmp_path), models=part))
+    assert seen[:3] == [("published", 1, 0), ("published", 1, 1), ("gaussian", 0.5, 0)]
+    assert len(seen) == 2 * (1 + 3 * 2)
+    assert capsys.readouterr().out.count("1 of 2") == 7
+    record = json.loads((tmp_path / "models" / "results.json").read_text())["records"][0]
+    assert record["score"] == [0.5, None] and record["diverged"] == [0, 1]
+    assert record["start_unsolved"] == [1, None] and record["end_unsolved"] == [0.25, None]

@@ -11,7 +11,7 @@ from deq_jax.training.config import (
     option,
     require,
 )
-from deq_jax.training.errors import Interrupted, UsageError
+from deq_jax.training.errors import Diverged, Interrupted, UsageError
 from deq_jax.training.evaluation import Evaluator, evaluate
 from deq_jax.training.loop import TrainResult, train
 from deq_jax.training.metrics import Mean
@@ -25,6 +25,7 @@ __all__ = [
     "Batch",
     "Config",
     "DataIterator",
+    "Diverged",
     "EvalConfig",
     "EvalData",
     "Evaluator",

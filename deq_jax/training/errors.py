@@ -1,10 +1,14 @@
-"""The two exceptions that a command line shows in words instead of a traceback."""
+"""The exceptions that a command line shows in words instead of a traceback."""
 
 from __future__ import annotations
 
 
 class UsageError(ValueError):
     """Something the person who launched the run can mend; the message says what and how."""
+
+
+class Diverged(UsageError):
+    """Training was ended because too many updates in a row had a loss or gradient not finite."""
 
 
 class Interrupted(Exception):  # noqa: N818 - a request that was obeyed, not an error

@@ -17,7 +17,7 @@ from deq_jax.training import distributed, fields, metrics, weights, workdir
 from deq_jax.training.checkpoint import CheckpointError, Checkpoints
 from deq_jax.training.config import Config
 from deq_jax.training.console import Console
-from deq_jax.training.errors import Interrupted, UsageError
+from deq_jax.training.errors import Diverged, Interrupted, UsageError
 from deq_jax.training.evaluation import Evaluator, Summarize
 from deq_jax.training.optim import make_optimizer
 from deq_jax.training.parallel import make_mesh
@@ -241,7 +241,7 @@ class _Run:
         good = f"the checkpoint of step {saved[-1]} is good" if saved else "none was saved"
         first, last = self.skipped[0], self.skipped[-1]
         where = f"at step {last}" if first == last else f"at steps {first} to {last}"
-        raise UsageError(
+        raise Diverged(
             f"loss or gradient is not finite {where}: more than train.skip = "
             f"{self.config.train.skip} updates in a row; {good}.  Lower optim.lr, set optim.clip "
             "or raise jac.gamma, in another --workdir: the same run would fail again"

@@ -141,6 +141,7 @@ class ModelsConfig:
     names: tuple[str, ...] = option(("prose", "digits"), "presets: prose, digits, or both")
     families: tuple[str, ...] = option(FAMILIES, "families of matrices, beside published weights")
     scales: tuple[float, ...] = option((0.5, 1.0, 2.0), "scales of all families")
+    seeds: int = option(3, "trainings for each family and scale, with train.seed and the next ones")
     steps: int = option(200, "updates of every model")
 
     def __post_init__(self) -> None:
@@ -155,6 +156,7 @@ class ModelsConfig:
         require(
             _rises(self.scales) and self.scales[0] > 0, "scales", "rising, above 0", self.scales
         )
+        require(self.seeds >= 1, "seeds", "at least 1", self.seeds)
         require(self.steps >= 10, "steps", "at least 10", self.steps)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of both modes."""
+"""Pictures of all modes."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def theory(path: Path, config: TheoryConfig, records: Sequence[Mapping[str, Any]
 
 
 def _points(axis: Any, x: Sequence[float], values: Sequence[Any], style: dict[str, Any]) -> None:
-    mean = np.mean(values, axis=1)
-    deviation = np.std(values, axis=1, ddof=1)
+    mean = np.array([np.mean(v) for v in values])
+    deviation = np.array([np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values])
     # On a logarithmic axis a bar must not reach 0.
     low = np.minimum(deviation, 0.9 * mean)
     axis.errorbar(x, mean, yerr=[low, deviation], capsize=2, **style)
@@ -138,21 +138,31 @@ def models(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
       records: from `models.measure`.
     """
     names = list(dict.fromkeys(r["model"] for r in records))
+    scales = sorted({r["scale"] for r in records if r["family"] != "published"})
     figure, axes = shared.new_figure(len(names), 3, (13, 3.6 * len(names)))
     for row, name in zip(axes, names, strict=True):
         own = [r for r in records if r["model"] == name]
         panels = (("score", own[0]["metric"]), ("end_unsolved", "not solved"), ("radius", "radius"))
         for axis, (key, label) in zip(row, panels, strict=True):
             for family in FAMILIES:
-                points = [(r["scale"], r[key]) for r in own if r["family"] == family]
-                points = [(x, y) for x, y in points if y is not None]
+                points = [(r["scale"], _known(r[key])) for r in own if r["family"] == family]
+                points = [(x, values) for x, values in points if values]
                 style = {"color": _COLORS[family], "marker": _MARKERS[family], "label": family}
-                axis.plot(*zip(*points, strict=True), **style) if points else None
-            published = [r[key] for r in own if r["family"] == "published" and r[key] is not None]
-            for y in published:
-                axis.axhline(y, color="0.4", linestyle="--", linewidth=1, label="published")
-            axis.set(title=name, xlabel="scale s", ylabel=label)
-            if key != "end_unsolved" and name == "prose":
+                if points:
+                    places, values = zip(*points, strict=True)
+                    _points(axis, places, values, style)
+            published = [_known(r[key]) for r in own if r["family"] == "published"]
+            for values in filter(None, published):
+                style = {"color": "0.4", "linestyle": "--", "linewidth": 1, "label": "published"}
+                axis.axhline(np.mean(values), **style)
+            axis.set(title=name, xlabel="scale s", ylabel=label, xscale="log")
+            axis.set_xticks(scales, [f"{s:g}" for s in scales], minor=False)
+            axis.minorticks_off()
+            if key == "radius":
                 axis.set_yscale("log")
         row[0].legend(frameon=False, fontsize=8)
     shared.save(figure, path)
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [v for v in values if v is not None]

@@ -36,7 +36,7 @@ def run(config: InitConfig) -> None:
         if config.mode == "theory":
             text = report.write_theory(folder, config, theory.measure(config.theory))
         elif sweep is None:
-            records = models.measure(config.models, folder, make_mesh())
+            records = models.measure(config.models, folder, make_mesh(), config.train.seed)
             text = report.write_models(folder, config, records)
         else:
             families = {name: sweep.run(name) for name in config.sweep.families}

@@ -6,14 +6,15 @@ Their own presets, without penalty, for fewer updates; `model.init` and `model.i
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from deq_jax.training import Config, JacConfig, fields, train
+from deq_jax.training import Config, Diverged, JacConfig, fields, train
 from deq_jax.training.metrics import compute
 from experiments.image_classification import data as image_data
 from experiments.image_classification.presets import PRESETS as IMAGE_PRESETS
@@ -81,46 +82,56 @@ def choices(config: ModelsConfig) -> list[tuple[str, float]]:
     return [("published", 1.0), *((f, s) for f in config.families for s in config.scales)]
 
 
-def measure(config: ModelsConfig, folder: Path, mesh: Mesh) -> list[dict[str, Any]]:
+def measure(config: ModelsConfig, folder: Path, mesh: Mesh, seed: int = 0) -> list[dict[str, Any]]:
     """Trains all of them, each in a folder of its own, where a second call finds it trained.
 
     Args:
       config: what to train.
       folder: of the experiment.
       mesh: the devices.
+      seed: the first one.
 
     Returns:
-      A record for each, of "model", "family", "scale", "metric" (its name), "score",
+      A record for each model, family and scale: "model", "family", "scale", "metric" (name of the
+      score), and lists with one number for each seed, None for what there is none of: "score",
       "start_unsolved" and "end_unsolved" (share of examples not solved: in the first steps of
-      training with its budget; of the evaluation, with the larger one), "radius", "skipped" (share
-      of updates left out).
+      training with its budget; of the evaluation, with the larger one), "radius", "diverged" (1 if
+      training was ended by losses that were not finite).
     """
     records = []
     for name, rival in rivals(config, mesh).items():
         for family, scale in choices(config):
-            sys.stderr.write(f"{name}, {family} {scale:g}\n")
-            changed = {"model.init": family, "model.init_scale": scale}
-            changed["workdir"] = str(folder / name / f"{family}_{scale:g}")
-            part = fields.replace(rival.config, changed)
-            task, train_data, eval_data = rival.build(part)
-            summarize = getattr(task, "summarize", compute)
-            result = train(task, part, train_data, eval_data, mesh=mesh, summarize=summarize)
-            logged = [r for r in result.history if r["kind"] == "train"]
-            final = result.evaluation[part.eval_steps]
-            records.append(
-                {
-                    "model": name,
-                    "family": family,
-                    "scale": scale,
-                    "metric": rival.score,
-                    "score": final.get(rival.score),
-                    "start_unsolved": logged[0].get("unconverged"),
-                    "end_unsolved": final.get("unconverged"),
-                    "radius": final.get("spectral_radius"),
-                    "skipped": _mean(r.get("skipped", 0.0) for r in logged),
-                }
-            )
+            runs = []
+            for k in range(seed, seed + config.seeds):
+                sys.stderr.write(f"{name}, {family} {scale:g}, seed {k}\n")
+                changed = {"model.init": family, "model.init_scale": scale, "train.seed": k}
+                changed["workdir"] = str(folder / name / f"{family}_{scale:g}_seed{k}")
+                runs.append(_train(rival, fields.replace(rival.config, changed), mesh))
+            record = {"model": name, "family": family, "scale": scale, "metric": rival.score}
+            records.append(record | {key: [run[key] for run in runs] for key in runs[0]})
     return records
+
+
+def _train(rival: Rival, config: Any, mesh: Mesh) -> dict[str, float | None]:
+    """The numbers of one training."""
+    task, train_data, eval_data = rival.build(config)
+    summarize = getattr(task, "summarize", compute)
+    names = ("score", "start_unsolved", "end_unsolved", "radius")
+    try:
+        result = train(task, config, train_data, eval_data, mesh=mesh, summarize=summarize)
+    except Diverged as error:
+        sys.stderr.write(f"{error}\n")
+        return dict.fromkeys(names) | {"diverged": 1.0}
+    first = next(r for r in result.history if r["kind"] == "train")
+    final = result.evaluation[config.eval_steps]
+    values = (
+        final.get(rival.score),
+        first.get("unconverged"),
+        final.get("unconverged"),
+        final.get("spectral_radius"),
+    )
+    found = dict(zip(names, values, strict=True)) | {"diverged": 0.0}
+    return {n: v if v is not None and math.isfinite(v) else None for n, v in found.items()}
 
 
 def _short(config: Config, steps: int) -> Any:
@@ -136,8 +147,3 @@ def _short(config: Config, steps: int) -> Any:
         train=dataclasses.replace(config.train, warmup_steps=0, **length),
         eval=evaluation,
     )
-
-
-def _mean(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers)

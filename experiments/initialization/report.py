@@ -1,4 +1,4 @@
-"""Tables of both modes, and their numbers as JSON."""
+"""Tables of all modes, and their numbers as JSON."""
 
 from __future__ import annotations
 
@@ -295,23 +295,27 @@ def write_models(folder: Path, config: InitConfig, records: Sequence[Mapping[str
       The table.
     """
 
-    def cell(value: float | None, form: str) -> str:
-        return "-" if value is None or not math.isfinite(value) else format(value, form)
+    def cell(values: Sequence[float | None], digits: int = 3, unit: float = 1.0) -> str:
+        known = [unit * v for v in values if v is not None]
+        return spread(known, digits) if known else "-"
 
-    header = ["model", "weights", "scale", "score", "not solved, start", "not solved, end"]
-    header += ["radius", "updates left out"]
+    header = ["model", "weights", "scale", "score", "% not solved, start", "end", "radius"]
+    header += ["diverged"]
     rows = []
     for r in records:
-        score = cell(r["score"], ".1%" if r["metric"] == "accuracy" else ".1f")
-        shares = [cell(r[n], ".0%") for n in ("start_unsolved", "end_unsolved")]
+        percent = r["metric"] == "accuracy"
+        score = cell(r["score"], 3, 100 if percent else 1)
         scale = "-" if r["family"] == "published" else f"{r['scale']:g}"
-        rows.append([r["model"], r["family"], scale, f"{r['metric']} {score}", *shares])
-        rows[-1] += [cell(r["radius"], ".2f"), cell(r["skipped"], ".0%")]
+        metric = f"{r['metric']}{' in %' if percent else ''}"
+        rows.append([r["model"], r["family"], scale, f"{metric} {score}"])
+        rows[-1] += [cell(r[n], 2, 100) for n in ("start_unsolved", "end_unsolved")]
+        rows[-1] += [cell(r["radius"]), f"{sum(r['diverged']):g} of {len(r['diverged'])}"]
     text = shared.table(header, rows)
     text += f"""
-{config.models.steps} updates without penalty, seed 0.  Not solved: examples of the first updates,
-within training's budget; of the evaluation, within its larger one.  Radius: spectral, of df/dz, at
-the end.
+{config.models.steps} updates without penalty; mean and standard deviation of {config.models.seeds}
+seeds.  Not solved: examples of the first updates, within training's budget; of the evaluation,
+within its larger one.  Radius: spectral, of df/dz, at the end.  Diverged: ended by losses that were
+not finite, and left out of the means.
 """
     shared.write(folder, text, {"records": records})
     draw.models(folder / "models.png", records)
