@@ -2,11 +2,12 @@
 
 import gc
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Most of the suite's time goes into compiling programs that run for milliseconds.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
 
 import jax
 import pytest
@@ -19,8 +20,16 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    # The cost tests count compilations, which a cache on disk would hide.
-    jax.config.update("jax_enable_compilation_cache", False)
+    # What one process has compiled, the other workers and the programs that tests start read from
+    # disk: from a folder of this run, or a lasting one that JAX_COMPILATION_CACHE_DIR names.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="deq_jax_tests_", ignore_cleanup_errors=True)
+        config.add_cleanup(folder.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    for name, all_of_them in (("min_compile_time_secs", 0), ("min_entry_size_bytes", -1)):
+        jax.config.update(f"jax_persistent_cache_{name}", all_of_them)
+        os.environ[f"JAX_PERSISTENT_CACHE_{name.upper()}"] = str(all_of_them)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,13 +53,10 @@ def x64():
 
 
 @pytest.fixture(scope="module")
-def compilation_cache(tmp_path_factory):
-    """Programs that a module's tests compile again and again are kept on disk, for all workers."""
-    folder = tmp_path_factory.getbasetemp().parent / "compilation_cache"
-    jax.config.update("jax_enable_compilation_cache", True)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+def compilation_cache_off():
+    """For tests of what compiling does or how often it happens."""
+    jax.config.update("jax_enable_compilation_cache", False)
     reset_cache()
     yield
-    jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_enable_compilation_cache", True)
     reset_cache()

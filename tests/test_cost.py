@@ -13,6 +13,7 @@ import deq_jax as deq
 from benchmarks._scaling_program import LOOPS, collectives
 from deq_jax.training import parallel
 
+pytestmark = pytest.mark.usefixtures("compilation_cache_off")
 B, D = 8, 512
 
 

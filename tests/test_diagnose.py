@@ -21,7 +21,6 @@ from experiments.image_classification import task as image_task
 from experiments.toy_regression import config as toy_config
 from experiments.toy_regression import main as toy_main
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
 KEY = jax.random.key(0)
 PLAIN = {"Picard": deq.Picard(max_steps=200)}
 
@@ -87,7 +86,12 @@ def test_traces_are_those_of_the_solvers():
         np.testing.assert_array_equal(found.trace[name], stats.trace)
         np.testing.assert_array_equal(found.steps[name], stats.num_steps)
         np.testing.assert_array_equal(found.converged[name], stats.converged)
+        for k in (1, 8):
+            ends = np.minimum(stats.num_steps, k) - 1
+            middle = np.median(np.asarray(stats.trace)[ends, np.arange(len(ends))])
+            assert f" {middle:.1e} |" in str(found).split(f"| {name} ")[1].splitlines()[0]
     text = str(found)
+    assert text.splitlines()[0].endswith("at step 1 |       2 |       4 |       8 |      12 |")
     assert "| damped |" in text and "| operator norm   |" in text
     assert all(f"- {sentence}\n" in text for sentence in found.advice)
 

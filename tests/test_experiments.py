@@ -19,7 +19,7 @@ from experiments.toy_regression import config as toy_config
 from experiments.toy_regression import main as toy_main
 from experiments.toy_regression import task as toy_task
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compilation_cache")]
+pytestmark = pytest.mark.slow
 
 
 def shrink(config, workdir, **parts):

@@ -258,7 +258,7 @@ def shrunk(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compilation_cache", "shrunk")
+@pytest.mark.usefixtures("shrunk")
 def test_a_language_model_is_trained_from_the_families(tmp_path, capsys):
     """Two updates of each: the weights differ, the files are there."""
     part = dataclasses.replace(

@@ -20,7 +20,7 @@ from experiments.language_modeling import data, generate, main
 from experiments.language_modeling.presets import PRESETS
 from experiments.language_modeling.task import LanguageTask
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compilation_cache")]
+pytestmark = pytest.mark.slow
 
 TEXT = "the cat sat on the mat .\nthe dog sat on the cat .\na mat is a mat .\n"
 

@@ -32,8 +32,6 @@ from deq_jax.training.state import TrainState, abstract_state, create_state
 from deq_jax.training.step import make_update
 from deq_jax.training.task import CARRY
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 CONFIG = example.ExampleConfig(
     solver=SolverConfig(max_steps=20, tol=1e-6),
     optim=OptimConfig(name="sgd", lr=0.5, schedule="constant", momentum=0.0),

@@ -18,9 +18,9 @@ AGAIN = "Run the same command again in all processes to resume from the newest c
 
 
 @pytest.fixture(scope="module")
-def launcher(tmp_path_factory):
+def launcher():
     flags = ["--train.eval_every=0"]  # at the end only: evaluations take most of the time
-    with Launcher(tmp_path_factory.mktemp("cache"), flags) as launcher:
+    with Launcher(flags) as launcher:
         yield launcher
 
 

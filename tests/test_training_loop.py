@@ -31,8 +31,6 @@ from deq_jax.training.optim import make_optimizer
 from deq_jax.training.placement import place
 from deq_jax.training.state import create_state
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 TINY = example.PRESETS["tiny"]
 
 

@@ -160,6 +160,8 @@ def models(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
             axis.minorticks_off()
             if key == "radius":
                 axis.set_yscale("log")
+            elif key == "end_unsolved" or label == "accuracy":
+                axis.set_ylim(-0.03, 1.03)
         row[0].legend(frameon=False, fontsize=8)
     shared.save(figure, path)
 

@@ -308,14 +308,14 @@ def write_models(folder: Path, config: InitConfig, records: Sequence[Mapping[str
         scale = "-" if r["family"] == "published" else f"{r['scale']:g}"
         metric = f"{r['metric']}{' in %' if percent else ''}"
         rows.append([r["model"], r["family"], scale, f"{metric} {score}"])
-        rows[-1] += [cell(r[n], 2, 100) for n in ("start_unsolved", "end_unsolved")]
+        rows[-1] += [cell(r[n], 3, 100) for n in ("start_unsolved", "end_unsolved")]
         rows[-1] += [cell(r["radius"]), f"{sum(r['diverged']):g} of {len(r['diverged'])}"]
     text = shared.table(header, rows)
     text += f"""
-{config.models.steps} updates without penalty; mean and standard deviation of {config.models.seeds}
-seeds.  Not solved: examples of the first updates, within training's budget; of the evaluation,
-within its larger one.  Radius: spectral, of df/dz, at the end.  Diverged: ended by losses that were
-not finite, and left out of the means.
+{config.models.steps} updates without penalty; mean and standard deviation over
+{config.models.seeds} seeds.  Not solved: examples of the first updates, within training's budget;
+of the evaluation, within its larger one.  Radius: spectral, of df/dz, at the end.  Diverged: ended
+by losses that were not finite, and left out of the means.
 """
     shared.write(folder, text, {"records": records})
     draw.models(folder / "models.png", records)
