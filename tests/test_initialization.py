@@ -297,4 +297,24 @@ def test_trainings_that_come_apart_are_counted_and_the_others_go_on(tmp_path, mo
     assert capsys.readouterr().out.count("1 of 2") == 7
     record = json.loads((tmp_path / "models" / "results.json").read_text())["records"][0]
     assert record["score"] == [0.5, None] and record["diverged"] == [0, 1]
+    assert "digits: " not in (tmp_path / "models" / "results.md").read_text()  # no pairs are left
     assert record["start_unsolved"] == [1, None] and record["end_unsolved"] == [0.25, None]
+
+
+def test_scores_are_compared_seed_by_seed():
+    def record(family, scale, score, diverged=(0, 0)):
+        names = {"model": "digits", "family": family, "scale": scale, "metric": "accuracy"}
+        return names | {"score": score, "diverged": list(diverged)}
+
+    records = [
+        record("gaussian", 0.5, [0.5, 0.6]),
+        record("gaussian", 1.0, [0.5, 0.6]),
+        record("orthogonal", 0.5, [0.6, 0.8]),  # by .1 and .2
+        record("orthogonal", 1.0, [0.7, 0.78]),  # by .2 and .18
+        record("goe", 0.5, [0.9, None], diverged=(0, 1)),
+        record("goe", 1.0, [0.4, 0.4]),  # by -.1 and -.2
+    ]
+    first, second = report._paired(records)
+    assert first.startswith("digits: orthogonal minus gaussian +17 +- 2 (accuracy in %, mean ")
+    assert "mean over 2 scales" in first and "mean over 1 scales" in second
+    assert second.startswith("digits: goe minus gaussian -15 +- 5 ")

@@ -310,7 +310,7 @@ def write_models(folder: Path, config: InitConfig, records: Sequence[Mapping[str
         rows.append([r["model"], r["family"], scale, f"{metric} {score}"])
         rows[-1] += [cell(r[n], 3, 100) for n in ("start_unsolved", "end_unsolved")]
         rows[-1] += [cell(r["radius"]), f"{sum(r['diverged']):g} of {len(r['diverged'])}"]
-    text = shared.table(header, rows)
+    text = shared.table(header, rows) + "".join(f"\n{line}" for line in _paired(records)) + "\n"
     text += f"""
 {config.models.steps} updates without penalty; mean and standard deviation over
 {config.models.seeds} seeds.  Not solved: examples of the first updates, within training's budget;
@@ -320,3 +320,27 @@ by losses that were not finite, and left out of the means.
     shared.write(folder, text, {"records": records})
     draw.models(folder / "models.png", records)
     return text
+
+
+def _paired(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The paper's claim on other models: scores over all scales, seed by seed."""
+    lines = []
+    for model in dict.fromkeys(r["model"] for r in records):
+        own = [r for r in records if r["model"] == model and not any(r["diverged"])]
+        unit = 100 if own and own[0]["metric"] == "accuracy" else 1
+        scores = {
+            f: {r["scale"]: unit * np.array(r["score"]) for r in own if r["family"] == f}
+            for f in FAMILIES
+        }
+        for name in FAMILIES[1:]:
+            both = scores["gaussian"].keys() & scores[name].keys()
+            more = np.array([scores[name][s] - scores["gaussian"][s] for s in sorted(both)])
+            if more.size and more.shape[1] > 1:
+                seeds = more.mean(axis=0)
+                error = seeds.std(ddof=1) / math.sqrt(len(seeds))
+                lines.append(
+                    f"{model}: {name} minus gaussian {seeds.mean():+.2g} +- {error:.1g} "
+                    f"({own[0]['metric']}{' in %' if unit == 100 else ''}, mean over {len(both)} "
+                    "scales, same seeds; standard error)"
+                )
+    return lines
