@@ -76,7 +76,7 @@ class MatrixInitializer:
         return weights if out_sharding is None else jax.sharding.reshard(weights, out_sharding)
 
 
-def gaussian(scale: float = 1.0) -> MatrixInitializer:
+def gaussian(scale: float = 1.0, *, centre: bool = False) -> MatrixInitializer:
     """Independent Gaussian entries.
 
     W_ij ~ N(0, scale^2 / n).  For large square matrices the spectral radius is ``scale`` and the
@@ -85,6 +85,7 @@ def gaussian(scale: float = 1.0) -> MatrixInitializer:
 
     Args:
       scale: square root of n times the entry variance; at least 0.
+      centre: draws the centre tap of a kernel only, as the other families do; n = n_in.
 
     Returns:
       An initializer ``(key, shape, dtype) -> array``.
@@ -99,7 +100,7 @@ def gaussian(scale: float = 1.0) -> MatrixInitializer:
 
     Reference: Agarwala and Schoenholz, arXiv 2207.09432, section 3.
     """
-    return MatrixInitializer("gaussian", _check_scale(scale), _sample_gaussian, centre=False)
+    return MatrixInitializer("gaussian", _check_scale(scale), _sample_gaussian, centre=centre)
 
 
 def orthogonal(scale: float = 1.0) -> MatrixInitializer:
@@ -165,7 +166,8 @@ def product_first(matrix: MatrixInitializer) -> _Initializer:
     For a hidden layer between two of n units, W1 [n, h] and W2 [h, n]: gaussian factors are
     independent, each of scale sqrt(s), and so is their product for large h of entry variance
     s^2 / n.  For the other families W1 W1^T = s I, and W2 = W1^T M / s with a matrix M of the
-    family, so that W1 W2 = M exactly.  Kernels of convolutions have both factors at the centre tap.
+    family, so that W1 W2 = M exactly.  In kernels of convolutions both factors are where the family
+    has its matrix: at the centre tap, gaussian ones (unless told otherwise) at all taps.
 
     Args:
       matrix: the family and scale s of the product.
@@ -182,7 +184,7 @@ def product_first(matrix: MatrixInitializer) -> _Initializer:
     """
     root = math.sqrt(matrix.scale)
     if matrix.family == "gaussian":
-        return gaussian(root)
+        return gaussian(root, centre=matrix.centre)
 
     def draw(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
         *_, n, hidden = shape
@@ -212,7 +214,7 @@ def product_second(matrix: MatrixInitializer, first: jax.Array) -> _Initializer:
       (3, 2)
     """
     if matrix.family == "gaussian":
-        return gaussian(math.sqrt(matrix.scale))
+        return gaussian(math.sqrt(matrix.scale), centre=matrix.centre)
     taps = first.reshape(-1, *first.shape[-2:])
     centre = taps[_centre(first.shape[:-2])]  # [n, h]
 

@@ -26,8 +26,14 @@ class FamilyConfig:
         "equal entry variance, init_scale^2 / n; goe: symmetric",
     )
     init_scale: float = option(1.0, "scale of gaussian, orthogonal and goe weights")
+    init_centre: bool = option(
+        False, "gaussian kernels of convolutions at the centre tap only, like those of orthogonal "
+        "and goe",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
+        if self.init_centre:
+            require(self.init == "gaussian", "init", "gaussian for init_centre", self.init)
         wanted = "above 0 and finite"
         require(0 < self.init_scale < math.inf, "init_scale", wanted, self.init_scale)
 
@@ -41,4 +47,6 @@ class FamilyConfig:
           >>> FamilyConfig(init="goe", init_scale=0.4).build_weights().scale
           0.4
         """
+        if self.init == "gaussian":
+            return deq.init.gaussian(self.init_scale, centre=self.init_centre)
         return None if self.init == "published" else FAMILIES[self.init](self.init_scale)

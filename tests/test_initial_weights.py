@@ -78,6 +78,18 @@ def test_kernels_of_the_multiscale_cell_are_of_the_family_at_the_centre(family):
     assert not first.at[2, 2].set(0).any() and not second.at[1, 1].set(0).any()
 
 
+def test_gaussian_kernels_at_the_centre_tap_are_a_control():
+    weights = FamilyConfig(init="gaussian", init_scale=SCALE, init_centre=True).build_weights()
+    assert weights == deq.init.gaussian(SCALE, centre=True) != deq.init.gaussian(SCALE)
+    first = deq.init.product_first(weights)(jax.random.key(0), (5, 5, N, 4 * N))
+    second = deq.init.product_second(weights, first)(jax.random.key(1), (3, 3, 4 * N, N))
+    assert not first.at[2, 2].set(0).any() and not second.at[1, 1].set(0).any()
+    product = first[2, 2] @ second[1, 1]
+    assert float(jnp.mean(product**2) * N) == pytest.approx(SCALE**2, rel=0.2)
+    with pytest.raises(ValueError, match="init must be gaussian for init_centre, got 'goe'"):
+        FamilyConfig(init="goe", init_centre=True)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_scalar_cell(family):
     z = jnp.ones((2, 1))

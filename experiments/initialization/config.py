@@ -144,6 +144,7 @@ class ModelsConfig:
     families: tuple[str, ...] = option(FAMILIES, "families of matrices, beside published weights")
     scales: tuple[float, ...] = option((0.5, 1.0, 2.0), "scales of all families")
     seeds: int = option(3, "trainings for each family and scale, with train.seed and the next ones")
+    centre: bool = option(False, "gaussian kernels at the centre tap only, like the others'")
     steps: int = option(200, "updates of every model")
 
     def __post_init__(self) -> None:

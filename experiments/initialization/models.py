@@ -105,6 +105,7 @@ def measure(config: ModelsConfig, folder: Path, mesh: Mesh, seed: int = 0) -> li
             for k in range(seed, seed + config.seeds):
                 sys.stderr.write(f"{name}, {family} {scale:g}, seed {k}\n")
                 changed = {"model.init": family, "model.init_scale": scale, "train.seed": k}
+                changed["model.init_centre"] = config.centre and family == "gaussian"
                 changed["workdir"] = str(folder / name / f"{family}_{scale:g}_seed{k}")
                 runs.append(_train(rival, fields.replace(rival.config, changed), mesh))
             record = {"model": name, "family": family, "scale": scale, "metric": rival.score}
