@@ -8,8 +8,10 @@ from pathlib import Path
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Most of the suite's time goes into compiling programs that run for milliseconds: with little
 # optimisation, and without the slowest of the compiler's ways to fuse loops.
-QUICK = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + QUICK
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
 
 import jax
 import pytest
