@@ -283,6 +283,7 @@ def test_trainings_that_come_apart_are_counted_and_the_others_go_on(tmp_path, mo
 
     def train(task, config, *data, **settings):
         seen.append((config.model.init, config.model.init_scale, config.train.seed))
+        assert config.model.init_centre == (config.model.init == "gaussian")
         if config.train.seed % 2:
             raise Diverged("loss or gradient is not finite")
         final = {"accuracy": 0.5, "unconverged": 0.25, "spectral_radius": 2.0}
@@ -290,7 +291,9 @@ def test_trainings_that_come_apart_are_counted_and_the_others_go_on(tmp_path, mo
         return TrainResult(None, {config.eval_steps: final}, history)
 
     monkeypatch.setattr(models, "train", train)
-    part = dataclasses.replace(DIGITS.models, names=("digits",), scales=(0.5, 2.0), seeds=2)
+    part = dataclasses.replace(
+        DIGITS.models, names=("digits",), scales=(0.5, 2.0), seeds=2, centre=True
+    )
     main.run(dataclasses.replace(DIGITS, mode="models", workdir=str(tmp_path), models=part))
     assert seen[:3] == [("published", 1, 0), ("published", 1, 1), ("gaussian", 0.5, 0)]
     assert len(seen) == 2 * (1 + 3 * 2)
