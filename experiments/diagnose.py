@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 import deq_jax as deq
 from deq_jax import tree
 from deq_jax.solvers import Solution
-from deq_jax.testing import diagnose
+from deq_jax.testing import Diagnosis, diagnose
 from deq_jax.training import Config, DataIterator, Task, UsageError, weights
 from deq_jax.training.checkpoint import saved_steps
 from deq_jax.training.parallel import batch_sharding, replicated
@@ -145,7 +145,7 @@ def solve(
     return solution
 
 
-def report(config: Config, solution: Solution) -> str:
+def look(config: Config, solution: Solution) -> Diagnosis:
     """Diagnoses an equation from z = 0, on one device.
 
     Args:
@@ -153,7 +153,7 @@ def report(config: Config, solution: Solution) -> str:
       solution: of a batch.
 
     Returns:
-      The report of `deq.testing.diagnose`.
+      The diagnosis of its first examples.
     """
     f, *operands = solution.at
     batch = tree.batch_size(solution.value)
@@ -170,7 +170,7 @@ def report(config: Config, solution: Solution) -> str:
     label = type(configured).__name__
     if configured != solvers[label]:
         solvers[f"{label}, as configured"] = configured
-    found = diagnose(
+    return diagnose(
         jax.jit(f),
         params,
         jax.tree.map(jnp.zeros_like, z),
@@ -179,7 +179,21 @@ def report(config: Config, solution: Solution) -> str:
         solvers=solvers,
         iters=max(2, config.eval.spectral_iters),
     )
-    return f"{tree.batch_size(z)} examples of a training batch, from z = 0:\n\n{found}"
+
+
+def report(config: Config, solution: Solution) -> str:
+    """The same in words.
+
+    Args:
+      config: see `look`.
+      solution: of a batch.
+
+    Returns:
+      The report of `deq.testing.diagnose`.
+    """
+    found = look(config, solution)
+    examples = tree.batch_size(found.value)
+    return f"{examples} examples of a training batch, from z = 0:\n\n{found}"
 
 
 def _shapes(loaded: Any) -> dict[str, tuple[int, ...]]:

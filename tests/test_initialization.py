@@ -91,6 +91,20 @@ def test_theory_writes_its_files(tmp_path, capsys):
     assert (folder / "theory.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_the_grid_is_diagnosed_before_training(tmp_path, capsys):
+    config = shrink(workdir=str(tmp_path / "run"), diagnose=True)
+    sweep = dataclasses.replace(config.sweep, families=("orthogonal",), scales=(0.5, 4.0))
+    main.run(dataclasses.replace(config, sweep=sweep))
+    shown = capsys.readouterr()
+    assert "16 examples of digits" in shown.out and "orthogonal 4\n" in shown.err
+    small, large = (r.split("|")[1:-1] for r in re.findall(r"^\| orth.*", shown.out, re.MULTILINE))
+    assert small[-1].strip() == "100%" and large[5].strip() == "0%"  # the last; plain iteration
+    assert float(small[2]) < 0.5 < 1 < float(large[2])
+    assert "orthogonal 0.5:\n- All is well" in shown.out and "plain iteration" in shown.out
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
     """A small sweep through main.run: its folder, and what was shown."""

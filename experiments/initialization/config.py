@@ -194,7 +194,6 @@ class InitConfig(Config):
         require(not self.init_from, "init_from", "empty here: weights are drawn", self.init_from)
         require(not self.eval.budgets, "eval.budgets", "empty here", self.eval.budgets)
         require(self.shard_above is None, "shard_above", "none here", self.shard_above)
-        require(not self.diagnose, "diagnose", "false here: many models are made", self.diagnose)
 
 
 _DIGITS = InitConfig(

@@ -1,14 +1,12 @@
 """Studies the initial weights of DEQs: gaussian, orthogonal and symmetric (goe) ones.
 
-    python -m experiments.initialization.main --mode=theory
-    python -m experiments.initialization.main --mode=sweep
+    python -m experiments.initialization.main --mode=theory|sweep|models
     python -m experiments.initialization.main --mode=sweep --preset=mnist --data.dir=DIR
-    python -m experiments.initialization.main --mode=models
 
 `theory` measures random matrices and linear DEQs beside what random-matrix theory predicts; `sweep`
 trains fully connected DEQs from them, family x scale x seed; `models` trains the presets prose and
 digits from them.  WORKDIR/MODE gets results.md, results.json and a picture.  On 2 CPU cores theory
-takes 2.5 minutes, sweep 2 (mnist 6), models 20 (less with JAX_COMPILATION_CACHE_DIR set).
+takes 2.5 minutes, sweep 2 (mnist 6), models 20 (JAX_COMPILATION_CACHE_DIR helps), --diagnose 1.5.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ import jax
 from deq_jax.training import UsageError, flags, workdir
 from deq_jax.training.parallel import make_mesh
 from experiments import report as shared
-from experiments.initialization import models, report, theory
+from experiments.initialization import diagnosis, models, report, theory
 from experiments.initialization.config import PRESETS, InitConfig
 from experiments.initialization.sweep import Sweep
 
@@ -30,6 +28,8 @@ def run(config: InitConfig) -> None:
     """Measures or trains, and writes the report."""
     if jax.process_count() > 1:
         raise UsageError(f"got {jax.process_count()} processes; wanted one: nothing is split here")
+    if config.diagnose:
+        return shared.show(diagnosis.run(config))
     part = dataclasses.replace(config, workdir=os.path.join(config.workdir, config.mode))
     sweep = Sweep(config) if config.mode == "sweep" else None  # its data may be missing
     with workdir.claimed(part) as folder:
