@@ -81,6 +81,14 @@ def test_no_fixed_point_is_reported(solver):
     assert jnp.isfinite(sol.value).all() and jnp.isfinite(sol.stats.residual).all()
 
 
+def test_a_length_that_overflows_is_not_convergence():
+    """In float32 the square of f(z) is infinite here, that of f(z) - z is not."""
+    z0 = jnp.full((2, 8), jnp.array([[1.5e19], [1.0]]))
+    sol = deq.solve(deq.Picard(max_steps=3), lambda z: z + jnp.where(z > 9, 1e18, 0.0), z0)
+    np.testing.assert_array_equal(sol.stats.converged, [False, True])
+    np.testing.assert_array_equal(sol.value, z0)
+
+
 @pytest.mark.parametrize("solver", SOLVERS, ids=name)
 @pytest.mark.parametrize("stop", ["rel", "abs"])
 def test_residual_is_that_of_the_value_returned(x64, stop, solver):
