@@ -64,13 +64,10 @@ class MatrixInitializer:
         dtype = _check_request(self.family, shape, dtype)
         *window, n_in, n_out = shape
         wide = jnp.promote_types(dtype, jnp.float32)
-        taps = math.prod(window)
         if self.centre:
-            matrix = self.sample(key, n_in, n_out, wide)
-            kernel = jnp.zeros((taps, n_in, n_out), wide).at[_centre(window)].set(matrix)
-            weights = kernel.reshape(shape)
+            weights = _at_centre(self.sample(key, n_in, n_out, wide), window)
         else:
-            flat = self.sample(key, taps * n_in, n_out, wide)
+            flat = self.sample(key, math.prod(window) * n_in, n_out, wide)
             weights = flat.reshape(shape)
         weights = (self.scale * weights).astype(dtype)
         return weights if out_sharding is None else jax.sharding.reshard(weights, out_sharding)
@@ -215,15 +212,12 @@ def product_second(matrix: MatrixInitializer, first: jax.Array) -> _Initializer:
     """
     if matrix.family == "gaussian":
         return gaussian(math.sqrt(matrix.scale), centre=matrix.centre)
-    taps = first.reshape(-1, *first.shape[-2:])
-    centre = taps[_centre(first.shape[:-2])]  # [n, h]
+    centre = first[_centre(first.shape[:-2])]  # [n, h]
 
     def draw(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
-        *window, hidden, n = shape
+        *window, _, n = shape
         drawn = matrix(key, (n, n), dtype)
-        both = centre.T.astype(dtype) @ drawn / (matrix.scale or 1.0)
-        kernel = jnp.zeros((math.prod(window), hidden, n), dtype).at[_centre(window)].set(both)
-        return kernel.reshape(*window, hidden, n)
+        return _at_centre(centre.T.astype(dtype) @ drawn / (matrix.scale or 1.0), window)
 
     return draw
 
@@ -313,12 +307,14 @@ def critical_scale(family: str) -> float:
     return 0.5 if family == "goe" else 1.0
 
 
-def _centre(window: Sequence[int]) -> int:
-    """Number of the tap that a "SAME" convolution of stride 1 aligns with the output."""
-    place = 0
-    for size in window:
-        place = place * size + (size - 1) // 2
-    return place
+def _centre(window: Sequence[int]) -> tuple[int, ...]:
+    """The tap that a "SAME" convolution of stride 1 aligns with the output."""
+    return tuple((size - 1) // 2 for size in window)
+
+
+def _at_centre(matrix: jax.Array, window: Sequence[int]) -> jax.Array:
+    """A kernel with the matrix at its centre tap and zeros elsewhere."""
+    return jnp.zeros((*window, *matrix.shape), matrix.dtype).at[_centre(window)].set(matrix)
 
 
 def _check_scale(scale: float) -> float:

@@ -92,15 +92,9 @@ def load(config: Config, task: Task, mesh: Mesh) -> tuple[Any, Any, str]:
         loaded = weights.load(Path(config.init_from))
         return *weights.adopt((params, extra), loaded, print), f"weights of {config.init_from}"
     loaded = weights.load(folder)
-    there, here = map(_shapes, (loaded, jax.eval_shape(task.init, jax.random.key(0))))
-    differing = sorted(n for n in there.keys() | here.keys() if there.get(n) != here.get(n))
-    if differing:
-        name = differing[0]
-        raise UsageError(
-            f"the checkpoints in {folder} are of another model: {name} is {there.get(name)} there "
-            f"and {here.get(name)} here; give the preset and the settings of model that it was "
-            "trained with, or another --workdir"
-        )
+    wanted = jax.eval_shape(task.init, jax.random.key(0))
+    advice = "give the preset and the settings of model that it was trained with, or another "
+    weights.require_fit(loaded, wanted, folder, advice + "--workdir")
     return *jax.device_put(loaded, replicated(mesh)), f"weights of {folder}"
 
 
@@ -194,8 +188,3 @@ def report(config: Config, solution: Solution) -> str:
     found = look(config, solution)
     examples = tree.batch_size(found.value)
     return f"{examples} examples of a training batch, from z = 0:\n\n{found}"
-
-
-def _shapes(loaded: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(loaded)
-    return {jax.tree_util.keystr(path[1:]): leaf.shape for path, leaf in leaves}

@@ -6,18 +6,16 @@ and the padding follow the published code, so that its weights can be loaded (`d
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 
 import deq_jax as deq
+from deq_jax.models.families import Init, product_inits
 from deq_jax.models.heads import State
 from deq_jax.models.layers import NORMAL, UNIFORM, Conv, GroupNorm, upsample_nearest
 from deq_jax.reparam import WeightNorm, is_weight
-
-Init = Callable[..., jax.Array]
 
 
 def is_normalised(path: str, leaf: Any) -> bool:
@@ -72,9 +70,7 @@ class Block(nn.Module):
         """Maps z float [B, H, W, C], x and mask like z or None, to the shape of z."""
         channels = z.shape[-1]
         windows = [5 if self.big_kernels > i else 3 for i in (0, 1)]
-        first, second = self.kernel_init, self.kernel_init
-        if self.weights is not None:
-            first, second = deq.init.product_first(self.weights), self._second
+        first, second = product_inits(self, self.weights, "conv1", self.kernel_init)
         h = Conv(self.expansion * channels, windows[0], kernel_init=first, name="conv1")(z)
         h = nn.relu(GroupNorm(self.groups, name="norm1")(h))
         h = Conv(channels, windows[1], kernel_init=second, name="conv2")(h)
@@ -82,11 +78,6 @@ class Block(nn.Module):
         h = h if x is None else h + x
         h = GroupNorm(self.groups, name="norm2")(h)
         return GroupNorm(self.groups, name="norm3")(nn.relu(h + z))
-
-    def _second(self, key: jax.Array, *request: Any) -> jax.Array:
-        assert self.weights is not None
-        first = self.variables["params"]["conv1"]["kernel"]
-        return deq.init.product_second(self.weights, first)(key, *request)
 
 
 class Down(nn.Module):

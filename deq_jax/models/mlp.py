@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import deq_jax as deq
 from deq_jax import linen
 from deq_jax.implicit import Adjoint, BackwardStats
+from deq_jax.models.families import product_inits
 from deq_jax.solvers import Solution, Solver
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -77,18 +78,11 @@ class ToyCell(nn.Module):
         """Maps state z [B, n_out] and input x [B, n_in] to the next state [B, n_out]."""
         uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         bias = self.param("bias", uniform, (1, self.hidden))  # fan in of the scalar task
-        first, second = uniform, uniform
-        if self.weights is not None:
-            first, second = deq.init.product_first(self.weights), self._second
+        first, second = product_inits(self, self.weights, "W1", uniform)
         h = nn.Dense(self.hidden, use_bias=False, kernel_init=first, name="W1")(z)
         h = h + nn.Dense(self.hidden, use_bias=False, kernel_init=uniform, name="U")(x) + bias
         out = nn.Dense(z.shape[-1], use_bias=False, kernel_init=second, name="W2")
         return out(nn.relu(h))
-
-    def _second(self, key: jax.Array, *request: Any) -> jax.Array:
-        assert self.weights is not None
-        first = self.variables["params"]["W1"]["kernel"]
-        return deq.init.product_second(self.weights, first)(key, *request)
 
 
 class DenseCell(nn.Module):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import deq_jax as deq
+from deq_jax.models.families import product_inits
 from deq_jax.models.layers import NORMAL, UNIFORM
 
 
@@ -192,17 +193,17 @@ class TransformerCell(nn.Module):
     def setup(self) -> None:
         """Creates the five maps and the two biases of the attention."""
 
-        def dense(features: int, bias: bool = True, init: Any = None) -> nn.Dense:
-            init = UNIFORM if self.weights is None else init
-            return nn.Dense(features, use_bias=bias, kernel_init=init or UNIFORM)
+        def dense(features: int, bias: bool = True, init: Any = UNIFORM) -> nn.Dense:
+            return nn.Dense(features, use_bias=bias, kernel_init=init)
 
         shape = (self.heads, self.features // self.heads)
-        self.qkv = dense(3 * self.features, bias=False, init=self._three)
+        self.qkv = dense(
+            3 * self.features, bias=False, init=self._three if self.weights else UNIFORM
+        )
         self.r = dense(self.features, bias=False)
-        self.o = dense(self.features, init=self.weights)
-        first = None if self.weights is None else deq.init.product_first(self.weights)
-        self.ff1 = dense(self.hidden, init=first)
-        self.ff2 = dense(self.features, init=self._second)
+        self.o = dense(self.features, init=self.weights or UNIFORM)
+        first, second = product_inits(self, self.weights, "ff1", UNIFORM)
+        self.ff1, self.ff2 = dense(self.hidden, init=first), dense(self.features, init=second)
         self.content_bias = self.param("content_bias", NORMAL, shape)
         self.position_bias = self.param("position_bias", NORMAL, shape)
         self.norm = nn.LayerNorm(
@@ -282,11 +283,6 @@ class TransformerCell(nn.Module):
         assert self.weights is not None
         parts = [self.weights(k, (shape[0], shape[0]), dtype) for k in jax.random.split(key, 3)]
         return jnp.concatenate(parts, axis=1)
-
-    def _second(self, key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
-        assert self.weights is not None
-        first = self.ff1.variables["params"]["kernel"]
-        return deq.init.product_second(self.weights, first)(key, shape, dtype)
 
     def _heads(self, a: jax.Array) -> jax.Array:
         """[B, L, C] to [B, L, H, D]."""

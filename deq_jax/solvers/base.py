@@ -259,11 +259,11 @@ def solve(
         check_image(arg, image)
         fz, _ = tree.batch_ravel(image)
         gap = tree.norm(fz - c.z)
-        size = tree.norm(fz)
-        # A length that has overflowed would make any gap look small.
-        scaled = jnp.where(jnp.isfinite(size), gap / (size + _TINY), jnp.inf)
-        scaled = scaled if solver.stop == "rel" else gap
-        r = scaled.astype(jnp.float32)  # [B]
+        if solver.stop == "rel":
+            size = tree.norm(fz)
+            # A length that has overflowed would make any gap look small.
+            gap = jnp.where(jnp.isfinite(size), gap / (size + _TINY), jnp.inf)
+        r = gap.astype(jnp.float32)  # [B]
         active = ~c.done
         better = active & (r < c.residual)
         done = c.done | (r <= solver.tol) | ~jnp.isfinite(r)

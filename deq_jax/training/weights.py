@@ -162,6 +162,31 @@ def adopt(
     return result
 
 
+def require_fit(loaded: Any, wanted: Any, folder: Path | str, advice: str) -> None:
+    """Refuses weights that are not those of a model, every one of them.
+
+    Args:
+      loaded: a tree of arrays.
+      wanted: the model's, of arrays or shapes.
+      folder: where they are from.
+      advice: what to do, the end of the message.
+
+    Raises:
+      UsageError: a name or shape differs; the first one is named.
+    """
+    there, here = (
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (loaded, wanted))
+    )
+    differing = sorted(n for n in there.keys() | here.keys() if there.get(n) != here.get(n))
+    if differing:
+        name = differing[0]
+        raise UsageError(
+            f"the weights in {folder} are of another model: {name} is {there.get(name)} there "
+            f"and {here.get(name)} here; {advice}"
+        )
+
+
 def _by_module(names: Iterable[str]) -> Counter[str]:
     """How many of the names are of each top-level module, its batch statistics included."""
     return Counter(name.removeprefix("batch_stats/").split("/")[0] for name in names)

@@ -76,19 +76,8 @@ def load(config: LanguageConfig, task: LanguageTask) -> Any:
     folder = Path(config.init_from) if config.init_from else (*found, workdir)[0]
     params, _ = weights.load(folder)
     wanted = jax.eval_shape(task.init, jax.random.key(0))[0]
-    shapes = [
-        {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (params, wanted))
-    ]
-    if shapes[0] != shapes[1]:
-        differing = sorted(n for n in shapes[0].keys() | shapes[1].keys()
-                           if shapes[0].get(n) != shapes[1].get(n))  # fmt: skip
-        name = differing[0]
-        raise UsageError(
-            f"the weights in {folder} are of another model: {name} is {shapes[0].get(name)} there "
-            f"and {shapes[1].get(name)} here; give the preset, the text and the settings of "
-            "model that it was trained with"
-        )
+    advice = "give the preset, the text and the settings of model that it was trained with"
+    weights.require_fit(params, wanted, folder, advice)
     print(f"weights of {folder}")
     return params
 
