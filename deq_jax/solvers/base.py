@@ -483,29 +483,33 @@ def iterate(
             gap = jnp.where(gap == 0, 0, gap / size)
         r = jnp.where(finite, jnp.minimum(gap, largest), jnp.inf).astype(jnp.float32)  # [B]
         active = ~c.done
+        better = active & (r < c.residual)
         done = c.done | (r <= solver.tol) | ~finite
+        residual = jnp.where(better if keep == "best" else active, r, c.residual)
+        num_steps = c.num_steps + active.astype(jnp.int32)
+        row = jnp.where(active, r, jnp.inf)
+        # One small kernel computes these; fused into the large ones below, it would be repeated,
+        # and keep copies of what it replaces.
+        better, done, residual, num_steps, row = lax.optimization_barrier(
+            (better, done, residual, num_steps, row)
+        )
         z_next, state = solver.step(c.z, fz, c.state)
-        if keep == "last":
-            best, residual = None, jnp.where(active, r, c.residual)
-            z_next = tree.where(done, c.z, z_next)
-        else:
-            # Finished samples go on, for nothing that is returned depends on them.
-            better = active & (r < c.residual)
-            best, residual = tree.where(better, c.z, c.best), jnp.where(better, r, c.residual)
-        history = c.trace
-        if history is not None:
-            row = jnp.where(active, r, jnp.inf)
-            history = lax.dynamic_update_index_in_dim(history, row, c.k, axis=0)
+        # With keep="best" finished samples go on: nothing that is returned depends on them.
+        best = tree.where(better, c.z, c.best) if keep == "best" else None
+        z_next = z_next if keep == "best" else tree.where(done, c.z, z_next)
+        residuals = c.trace
+        if residuals is not None:
+            residuals = lax.dynamic_update_index_in_dim(residuals, row, c.k, axis=0)
         return _Loop(
             k=c.k + 1,
             z=z_next,
             state=state,
             best=best,
             done=done,
-            num_steps=c.num_steps + active.astype(jnp.int32),
+            num_steps=num_steps,
             residual=residual,
             reference=reference,
-            trace=history,
+            trace=residuals,
         )
 
     def loop(z0: PyTree, state: Any) -> tuple[PyTree, SolveStats]:

@@ -106,7 +106,7 @@ class Broyden:
         """Returns the next iterate, a tree ``[B, ...]``, and the memory with its step taken in."""
         m, lag = self._rows, 1 - self.damping
         slot = state.k % m
-        slots = jnp.arange(m)
+        slots = jnp.arange(m, dtype=jnp.int32)
         here = (slots == slot)[None]  # [1, m]
         newest = (slots == (slot + m - 1) % m)[None]
         inverse = state.inverse
