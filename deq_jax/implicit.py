@@ -24,6 +24,7 @@ from deq_jax.solvers.base import (
     check_image,
     check_solver,
     iterate,
+    serializable,
     split_budget,
     without_batch,
 )
@@ -48,6 +49,9 @@ class BackwardStats:
     num_steps: jax.Array
     residual: jax.Array
     converged: jax.Array
+
+
+serializable(BackwardStats)
 
 
 def backward_probe(z0: PyTree, *, batched: bool | None = None) -> BackwardStats:

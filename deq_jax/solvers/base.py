@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 
 from deq_jax import traced, tree
 from deq_jax.solvers import history
@@ -133,6 +133,24 @@ class Solution:
                 "layer; pass f, params, z and x yourself after a bare fixed_point or solve"
             )
         return self.equation.f, self.equation.params, self.value, self.equation.x
+
+
+def serializable(*kinds: type) -> None:
+    """Lets `jax.export` serialise functions that return dataclasses without static fields.
+
+    Args:
+      *kinds: registered dataclasses of this package.
+    """
+    for kind in kinds:
+        export.register_pytree_node_serialization(
+            kind,
+            serialized_name=f"deq_jax.{kind.__name__}",
+            serialize_auxdata=lambda _: b"",
+            deserialize_auxdata=lambda _: (),
+        )
+
+
+serializable(SolveStats, Solution)
 
 
 class _Loop(NamedTuple):
