@@ -188,6 +188,7 @@ class DEQ(nn.Module):
             adjoint=self.adjoint,
             max_steps=max_steps,
             probe=probe,
+            keep=self.keep,
         )
         equation = sol.equation or Equation(f=f, params=variables, x=operand)
         return dataclasses.replace(sol, equation=equation)

@@ -168,6 +168,7 @@ class DEQ(nnx.Module):
             adjoint=self.adjoint,
             max_steps=max_steps,
             probe=probe,
+            keep=self.keep,
         )
         equation = sol.equation or Equation(f=f, params=params, x=operand)
         return dataclasses.replace(sol, equation=equation)

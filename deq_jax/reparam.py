@@ -166,7 +166,7 @@ def spectral_norm(
     def leaf(path: Any, w: Any) -> Any:
         if not select(_name(path), w):
             return w
-        matrix = w.reshape(-1, w.shape[-1]).astype(jnp.promote_types(w.dtype, jnp.float32))
+        matrix = _widen(w.reshape(-1, w.shape[-1]))
         sigma = _operator_norm(matrix, start, iters)
         ratio = jnp.maximum(1, sigma / jnp.asarray(bound, sigma.dtype))
         return (w.astype(sigma.dtype) / ratio).astype(w.dtype)
@@ -185,14 +185,17 @@ def _is_pair(node: Any) -> bool:
     return len(v) >= 2 and g == v[-1:]
 
 
+def _widen(a: jax.Array) -> jax.Array:
+    return a.astype(jnp.float64 if a.dtype == jnp.float64 else jnp.float32)
+
+
 def _as_row(values: jax.Array, like: jax.Array) -> jax.Array:
     return values.reshape((1,) * (like.ndim - 1) + values.shape)
 
 
 def _column_norms(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the norm over all axes but the last, and where it is zero; ``[n_out]`` both."""
-    wide = w.astype(jnp.promote_types(w.dtype, jnp.float32))
-    squares = jnp.square(wide).sum(axis=tuple(range(w.ndim - 1)))
+    squares = jnp.square(_widen(w)).sum(axis=tuple(range(w.ndim - 1)))
     gone = squares == 0
     # sqrt has no derivative at zero.
     return jnp.where(gone, 0, jnp.sqrt(jnp.where(gone, 1, squares))), gone

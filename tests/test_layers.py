@@ -236,6 +236,25 @@ def test_the_equation_feeds_the_penalty_and_the_spectral_radius(which):
     )
 
 
+@pytest.mark.parametrize("which", ["linen", "nnx"])
+def test_keep_reaches_the_solver(which):
+    """f(z) = 3 z: the start is the best iterate, and every step triples it."""
+    z0 = jnp.ones((2, 4))
+    kernel, values = 3 * jnp.eye(4), {}
+    for keep in ("best", "last"):
+        options = {"solver": deq.Picard(max_steps=3, stop="abs"), "keep": keep}
+        if which == "linen":
+            layer = deq_jax.linen.DEQ(nn.Dense(4, use_bias=False), **options)
+            sol = layer.apply({"params": {"f": {"kernel": kernel}}}, z0)
+        else:
+            cell = nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(0))
+            cell.kernel[...] = kernel
+            sol = deq_jax.nnx.DEQ(cell, **options)(z0)
+        values[keep] = sol.value
+    assert (values["best"] == z0).all()
+    assert (values["last"] == 27 * z0).all()
+
+
 def test_budget_and_probe_reach_the_solver():
     z0, x = inputs()
     layer, variables = linen_layer(LinenCell())
@@ -283,12 +302,12 @@ class LinenShared(nn.Module):
 
 
 class Applied(nn.Module):
-    """The same place in the tree of modules as a DEQ, and 80 steps of plain iteration."""
+    """The same place in the tree of modules as a DEQ, and 30 steps of plain iteration."""
 
     cell: nn.Module
 
     def __call__(self, z, x):
-        for _ in range(80):
+        for _ in range(30):
             z = self.cell(z, x)
         return z
 
@@ -436,7 +455,7 @@ def test_nnx_module_shared_with_the_parent_has_one_set_of_weights(reparam):
 
     def by_hand(table, linear):
         z, u = jnp.zeros((3, 4)), table[WORDS]
-        for _ in range(80):
+        for _ in range(30):
             z = jnp.tanh(z @ linear["kernel"] + linear["bias"][None] + u)
         return jnp.sum((u + z) ** 2)
 
@@ -734,6 +753,44 @@ def test_the_map_of_two_calls_is_the_same(which, reparam):
         call = lambda: layer(z0, x)  # noqa: E731
     first, second = jax.eval_shape(call).equation.f, jax.eval_shape(call).equation.f
     assert first == second and hash(first) == hash(second)
+
+
+@pytest.fixture
+def compilations():
+    """Names of programs that are compiled, as they come."""
+    names = []
+
+    def listen(event, duration, **facts):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(facts.get("fun_name", event))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("reparam", [None, deq.weight_norm], ids=["plain", "weight norm"])
+@pytest.mark.parametrize("which", ["linen", "nnx"])
+def test_a_second_eager_call_compiles_nothing(which, reparam, compilations):
+    z0, x = inputs()
+    key = jax.random.key(0)
+    if which == "linen":
+        layer, variables = linen_layer(LinenInjecting(), reparam=reparam)
+
+        def loss(variables):
+            sol = layer.apply(variables, z0, x, train=True, rngs={"dropout": key})
+            return sol.value.sum()
+
+        call = lambda: jax.value_and_grad(loss)(variables)  # noqa: E731
+    else:
+        layer = deq_jax.nnx.DEQ(NnxInjecting(nnx.Rngs(0)), solver=SOLVER, reparam=reparam)
+        call = lambda: nnx.value_and_grad(lambda m: m(z0, x, key=key).value.sum())(layer)  # noqa: E731
+    first, _ = call()
+    compilations.clear()
+    second, _ = call()
+    assert (first == second) and not compilations
+    jax.jit(lambda a: a + x)(z0)
+    assert compilations  # the counter counts
 
 
 def test_a_solution_without_its_equation_leaves_jit_without_weights():
