@@ -1,6 +1,8 @@
 """The Linen and the NNX layer: the same answers, the same rules."""
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -788,7 +790,7 @@ def test_a_second_eager_call_compiles_nothing(which, reparam, compilations):
     first, _ = call()
     compilations.clear()
     second, _ = call()
-    assert (first == second) and not compilations
+    assert not compilations and float(first) == float(second)
     jax.jit(lambda a: a + x)(z0)
     assert compilations  # the counter counts
 
@@ -805,3 +807,25 @@ def test_a_solution_without_its_equation_leaves_jit_without_weights():
         (3,),
         (50, 3),
     }
+
+
+def test_the_parts_of_the_package_are_attributes():
+    """In a fresh process, since other imports set the attributes too."""
+    program = """
+import sys, deq_jax as deq
+assert not {"flax", "optax"} & set(sys.modules)
+parts = "convert data linen models nnx testing training".split()
+assert {*parts, "__version__", "solve"} <= set(dir(deq))
+assert "flax" not in sys.modules  # dir imports nothing
+for name in parts:
+    assert getattr(deq, name) is sys.modules[f"deq_jax.{name}"]
+assert deq.linen.DEQ and deq.nnx.DEQ
+assert deq.__version__[0].isdigit()
+try:
+    deq.andersen
+except AttributeError as error:
+    assert "'andersen'" in str(error)
+else:
+    raise AssertionError("deq.andersen")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
