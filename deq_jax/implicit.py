@@ -152,7 +152,7 @@ class Implicit:
         trace: bool,
     ) -> Solution:
         """See `Adjoint`."""
-        program, consts, static, budget = _prepare(f, params, z0, x, solver, max_steps)
+        program, consts, z0, static, budget = _prepare(f, params, z0, x, solver, max_steps)
         out: Any = _implicit(
             program, solver, self.solver, static, keep, trace, consts, params, z0, x, budget, probe
         )
@@ -207,7 +207,7 @@ class Unroll:
     ) -> Solution:
         """See `Adjoint`; there is no backward solve, so ``probe`` gets the gradient zero."""
         del probe
-        program, consts, static, budget = _prepare(f, params, z0, x, solver, max_steps)
+        program, consts, z0, static, budget = _prepare(f, params, z0, x, solver, max_steps)
         held = lax.stop_gradient((consts, params, z0, x))
         start, stats = traced.call(_solve, program, (solver, static, keep, trace), *held, budget)
 
@@ -228,11 +228,11 @@ def _prepare(
     x: PyTree,
     solver: Solver,
     max_steps: int | jax.Array | None,
-) -> tuple[Traced, tuple[jax.Array, ...], int | None, jax.Array | None]:
-    """Returns f as a program, what it closes over, and the budget as a number or an array."""
+) -> tuple[Traced, tuple[jax.Array, ...], PyTree, int | None, jax.Array | None]:
+    """Returns f as a program, what it closes over, z0, and the budget as a number or an array."""
     program, consts = traced.trace(f, params, z0, x)
-    check_image(z0, program.out)
-    return program, consts, *split_budget(solver, max_steps)
+    z0 = check_image(z0, program.out)
+    return program, consts, z0, *split_budget(solver, max_steps)
 
 
 def _solve(
@@ -414,7 +414,7 @@ def root_vjp(
     """
     check_solver(solver)
     z = tree.as_state(z)
-    program, consts, *_ = _prepare(f, params, z, x, solver, None)
+    program, consts, z, *_ = _prepare(f, params, z, x, solver, None)
     (_, d_params, d_x), stats = traced.call(
         _backward, program, (solver,), consts, params, z, x, cotangent
     )

@@ -25,7 +25,7 @@ class Traced:
       source: the Python function; dropped by those who keep the program.
       jaxpr: its program; None under `jax.disable_jit`, where ``source`` is called.
       in_tree: structure of the operands.
-      out: the result, with shapes and dtypes in place of arrays.
+      out: the result, with types (shape, dtype, sharding) in place of arrays.
     """
 
     source: Callable[..., PyTree] | None
@@ -56,8 +56,9 @@ def trace(f: Callable[..., PyTree], *operands: PyTree) -> tuple[Traced, tuple[ja
     """
     in_tree = jax.tree.structure(operands)
     if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
-        return Traced(f, None, in_tree, jax.eval_shape(f, *operands)), ()
+        return Traced(f, None, in_tree, jax.tree.map(jax.typeof, f(*operands))), ()
     closed, out = jax.make_jaxpr(f, return_shape=True)(*operands)
+    out = jax.tree.unflatten(jax.tree.structure(out), closed.out_avals)
     return Traced(f, closed.jaxpr, in_tree, out), tuple(closed.consts)
 
 

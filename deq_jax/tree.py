@@ -39,7 +39,8 @@ def describe(tree: PyTree) -> str:
     """
 
     def leaf(a: Any) -> str:
-        return f"{jnp.result_type(a).name}[{','.join(map(str, jnp.shape(a)))}]"
+        a = a if hasattr(a, "dtype") else jnp.asarray(a)
+        return f"{a.dtype.name}[{','.join(map(str, a.shape))}]"
 
     return str(jax.tree.map(leaf, tree)).replace("'float", "float").replace("]'", "]")
 
@@ -153,6 +154,21 @@ def widest(tree: PyTree) -> Any:
     return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
 
 
+def zeros_like(a: jax.Array, dtype: Any = None) -> jax.Array:
+    """Zeros that are sharded, and vary over mesh axes, as an array does.
+
+    `jnp.zeros_like` forgets the sharding of explicit axes under a jit without `jax.set_mesh`.
+
+    Args:
+      a: any array of real numbers.
+      dtype: of the zeros, that of ``a`` if None.
+
+    Returns:
+      An array of the same shape.
+    """
+    return (a < a).astype(a.dtype if dtype is None else dtype)
+
+
 def column(tree: PyTree, dtype: Any = jnp.float32) -> jax.Array:
     """Zeros ``[B]`` that are sharded, and vary over mesh axes, as the batch axis of a tree does.
 
@@ -164,7 +180,35 @@ def column(tree: PyTree, dtype: Any = jnp.float32) -> jax.Array:
       ``[B]``.
     """
     leaf = jax.tree.leaves(tree)[0]
-    return jnp.zeros_like(leaf[(slice(None), *(0,) * (leaf.ndim - 1))], dtype=dtype)
+    return jnp.any(leaf < leaf, axis=tuple(range(1, leaf.ndim))).astype(dtype)
+
+
+def match(tree: PyTree, types: PyTree) -> PyTree:
+    """Gives arrays the explicit sharding and the varying mesh axes of others.
+
+    A start of zeros often has neither, while its image under f has both.
+
+    Args:
+      tree: tree of arrays.
+      types: tree of the same structure, of anything that `jax.typeof` returns.
+
+    Returns:
+      The same numbers.
+    """
+
+    def leaf(a: jax.Array, wanted: Any) -> jax.Array:
+        have = jax.typeof(a)
+        if wanted.sharding != have.sharding and any(part for part in wanted.sharding.spec):
+            a = jax.sharding.reshard(a, wanted.sharding)
+        missing = tuple(sorted(_varying(wanted) - _varying(have)))
+        return lax.pcast(a, missing, to="varying") if missing else a
+
+    return jax.tree.map(leaf, tree, types)
+
+
+def _varying(type_of_array: Any) -> frozenset[str]:
+    """Mesh axes that an array varies over inside `jax.shard_map`."""
+    return getattr(getattr(type_of_array, "mat", None), "varying", frozenset())
 
 
 def contract(a: jax.Array, b: jax.Array, *, batched: bool = True) -> jax.Array:

@@ -291,25 +291,30 @@ def check_solver(solver: Any, argument: str = "solver") -> None:
         )
 
 
-def check_image(z: PyTree, fz: PyTree) -> None:
+def check_image(z: PyTree, image: PyTree) -> PyTree:
     """Raises for an f that does not map the state to a state of the same kind.
 
     Args:
-      z: the argument of f.
-      fz: its image.
+      z: the argument of f, tree of arrays.
+      image: what `jax.typeof` says of f(z), leaf by leaf.
+
+    Returns:
+      z, sharded and varying over mesh axes as its image.
 
     Raises:
       ValueError: if tree structure, shapes or dtypes differ.
     """
-    same = jax.tree.structure(z) == jax.tree.structure(fz) and all(
-        jnp.shape(a) == jnp.shape(b) and jnp.result_type(a) == jnp.result_type(b)
-        for a, b in zip(jax.tree.leaves(z), jax.tree.leaves(fz), strict=True)
+    same = jax.tree.structure(z) == jax.tree.structure(image) and all(
+        a.shape == b.shape and a.dtype == b.dtype
+        for a, b in zip(jax.tree.leaves(z), jax.tree.leaves(image), strict=True)
     )
     if not same:
         raise ValueError(
-            f"f returned {tree.describe(fz)}; wanted {tree.describe(z)}, the tree, shapes and "
-            "dtypes of z0; cast or reshape inside f, or start from another z0"
+            f"f returned {tree.describe(image)}; wanted {tree.describe(z)}, the tree, shapes and "
+            "dtypes of z0; cast or reshape inside f, start from another z0, or compute what else "
+            "f returns once, at the solution"
         )
+    return tree.match(z, image)
 
 
 def as_batched(z0: PyTree, batched: bool | None) -> PyTree:
@@ -416,7 +421,7 @@ def solve(
     if batched is False:
         f = Unbatched(f, 0)
     program, consts = traced.trace(f, state)
-    check_image(state, program.out)
+    state = check_image(state, program.out)
     static, budget = split_budget(solver, max_steps)
     out = traced.call(_solve, program, (solver, static, keep, trace), consts, state, budget)
     solution = Solution(*out)

@@ -142,7 +142,7 @@ def empty(z: PyTree, rows: int) -> History:
     axis = 0 if tree.batch_size(z) == 1 else 1
 
     def leaf(a: jax.Array) -> jax.Array:
-        zero = jnp.zeros_like(a if axis == 0 else a[:, None])
+        zero = tree.zeros_like(a if axis == 0 else a[:, None])
         shape = (*zero.shape[:axis], rows, *zero.shape[axis + 1 :])
         return jnp.broadcast_to(zero, shape)
 
