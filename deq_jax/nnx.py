@@ -182,7 +182,7 @@ def _apply(change: Callable[[PyTree], PyTree], cell: nnx.Module) -> None:
 
 def _replace(node: Any, old: Mapping[Any, Any], new: Mapping[Any, Any]) -> None:
     for key, part in new.items():
-        indexed: bool = isinstance(key, int) or isinstance(node, Mapping)
+        indexed = any((isinstance(key, int), isinstance(node, Mapping)))
         child = node[key] if indexed else getattr(node, key)
         if isinstance(part, Mapping) and isinstance(old[key], Mapping):
             _replace(child, old[key], part)
