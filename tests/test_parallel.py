@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import re
 
 import jax
@@ -488,6 +489,25 @@ def test_a_leaf_that_cannot_be_split_is_named():
         solve({"u": 0})
     with pytest.raises(ValueError, match=r"axis='data' for a mesh with the axes \('batch',\)"):
         parallel.sharded_fixed_point(jax.make_mesh((8,), ("batch",)))
+
+
+def test_a_sharded_solve_has_the_signature_of_the_plain_one():
+    solve = parallel.sharded_fixed_point(parallel.make_mesh(jax.devices()[:4]))
+    assert inspect.signature(solve) == inspect.signature(deq.fixed_point)
+    params, x = operands(16)
+    z0, solver = jnp.zeros_like(x), deq.Picard(tol=1e-6, max_steps=3)
+    for how in ({"keep": "last"}, {"batched": True}, {"trace": False}, {"max_steps": jnp.int32(2)}):
+        got = solve(cell, params, z0, x, solver=solver, **how)
+        wanted = deq.fixed_point(cell, params, z0, x, solver=solver, **how)
+        assert (got.stats.trace is None) == ("trace" in how)
+        assert_close(got, wanted)
+    with pytest.raises(ValueError, match=r"batched=False; wanted a z0 with a batch axis"):
+        solve(cell, params, z0[0], x[0], solver=solver, batched=False)
+    half = lambda params, z, x: 0.5 * z + x  # noqa: E731
+    with pytest.raises(ValueError, match="batched"):
+        solve(half, None, jnp.zeros(8), jnp.ones(8), solver=solver)
+    numbers = solve(half, None, jnp.zeros(8), jnp.ones(8), solver=solver, batched=True)
+    assert numbers.stats.num_steps.shape == (8,)
 
 
 def test_a_transformer_says_what_of_its_operands_is_split():

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from deq_jax import implicit, tree
 from deq_jax.implicit import Adjoint, BackwardStats, Map
 from deq_jax.solvers import Solution, Solver, SolveStats
+from deq_jax.solvers.base import Keep
 from deq_jax.training.config import Config
 from deq_jax.training.precision import in_bfloat16
 from deq_jax.tree import PyTree
@@ -127,11 +128,12 @@ def sharded_fixed_point(
       axis: name of the mesh axis that splits the batch; its size must divide B.
 
     Returns:
-      A function with the signature of `deq_jax.fixed_point`.
+      A function with the signature of `deq_jax.fixed_point`, except that ``z0`` must have a batch
+      axis.
 
     Raises:
       ValueError: the mesh has no such axis; (from the function) B does not divide by the devices,
-        or a leaf that is to be split has another leading axis than ``z0``.
+        ``batched`` is False, or a leaf that is to be split has another leading axis than ``z0``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -148,7 +150,6 @@ def sharded_fixed_point(
     whole: Any = PartitionSpec()
     split: Any = PartitionSpec(axis)
     by_step: Any = PartitionSpec(None, axis)
-    stats = SolveStats(num_steps=split, residual=split, converged=split, trace=by_step)
 
     def fixed_point(
         f: Map,
@@ -160,7 +161,15 @@ def sharded_fixed_point(
         adjoint: Adjoint | None = None,
         max_steps: int | jax.Array | None = None,
         probe: BackwardStats | None = None,
+        keep: Keep = "best",
+        batched: bool | None = None,
+        trace: bool = True,
     ) -> Solution:
+        if batched is False:
+            raise ValueError(
+                "got batched=False; wanted a z0 with a batch axis, along which the solve is split: "
+                "call deq_jax.fixed_point for a single state"
+            )
         batch, devices = tree.batch_size(z0), mesh.shape[axis]
         if batch % devices:
             raise ValueError(
@@ -184,10 +193,16 @@ def sharded_fixed_point(
                 adjoint=adjoint,
                 max_steps=budget[0] if traced else max_steps,
                 probe=probe,
+                keep=keep,
+                batched=batched,
+                trace=trace,
             )
 
         spec = jax.tree.map(lambda s: split if s else whole, is_split)
         in_specs = (whole, split, spec, split, *(whole for _ in budget))
+        stats = SolveStats(
+            num_steps=split, residual=split, converged=split, trace=by_step if trace else None
+        )
         mapped = _shard_map(local, mesh, axis, in_specs, Solution(value=split, stats=stats))
         return mapped(params, z0, x, probe, *budget)
 
