@@ -1,4 +1,4 @@
-"""What `--diagnose` prints: `deq.testing.diagnose` of the equilibria of one training batch."""
+"""What `--diagnose` prints: `deq_jax.diagnosis.diagnose` of the equilibria of one batch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 import deq_jax as deq
 from deq_jax import tree
+from deq_jax.diagnosis import Diagnosis, diagnose
 from deq_jax.solvers import Solution
-from deq_jax.testing import Diagnosis, diagnose
 from deq_jax.training import Config, DataIterator, Task, UsageError, weights
 from deq_jax.training.checkpoint import saved_steps
 from deq_jax.training.parallel import batch_sharding, replicated
@@ -183,7 +183,7 @@ def report(config: Config, solution: Solution) -> str:
       solution: of a batch.
 
     Returns:
-      The report of `deq.testing.diagnose`.
+      The report of `deq_jax.diagnosis.diagnose`.
     """
     found = look(config, solution)
     examples = tree.batch_size(found.value)

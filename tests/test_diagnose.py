@@ -12,9 +12,10 @@ import pytest
 import deq_jax as deq
 import deq_jax.linen
 from deq_jax import testing
+from deq_jax.diagnosis import Diagnosis, diagnose
 from deq_jax.training import UsageError, fields, weights
 from deq_jax.training.parallel import make_mesh
-from experiments import diagnose
+from experiments import diagnose as command
 from experiments.image_classification import main as image_main
 from experiments.image_classification import presets as image_presets
 from experiments.image_classification import task as image_task
@@ -26,7 +27,7 @@ PLAIN = {"Picard": deq.Picard(max_steps=200)}
 
 
 def look(problem, **settings):
-    return testing.diagnose(problem.f, problem.params, problem.z0, problem.x, key=KEY, **settings)
+    return diagnose(problem.f, problem.params, problem.z0, problem.x, key=KEY, **settings)
 
 
 def affine_map(params, z, x):
@@ -39,7 +40,7 @@ def affine_map(params, z, x):
 def test_norms_are_those_of_the_matrix():
     w = deq.init.gaussian(0.6)(KEY, (12, 12))
     x = jax.random.normal(KEY, (3, 12))
-    found = testing.diagnose(affine_map, w, jnp.zeros_like(x), x, key=KEY)
+    found = diagnose(affine_map, w, jnp.zeros_like(x), x, key=KEY)
     matrix = np.asarray(w)
     np.testing.assert_allclose(found.operator_norm, np.linalg.norm(matrix, 2), rtol=1e-3)
     radius = np.abs(np.linalg.eigvals(matrix)).max()
@@ -71,7 +72,7 @@ def test_norm_of_every_sample_behind_a_custom_vjp_and_behind_a_solve():
     x = jnp.array([0.1, 0.5, 0.9])[:, None] * jnp.ones((1, 4))
     want = [np.linalg.norm(row[:, None] * np.asarray(w), 2) for row in np.asarray(x)]  # at z = 0
     for f, rtol in ((custom, 1e-4), (nested, 1e-2)):
-        found = testing.diagnose(f, w, jnp.zeros_like(x), x, key=KEY, solvers=PLAIN, iters=40)
+        found = diagnose(f, w, jnp.zeros_like(x), x, key=KEY, solvers=PLAIN, iters=40)
         np.testing.assert_allclose(found.operator_norm, want, rtol=rtol)
 
 
@@ -166,12 +167,12 @@ def test_advice_is_followed():
     """Orthogonal weights, or the factor named, make plain iteration converge."""
     x = jax.random.normal(KEY, (4, 32))
     w = deq.init.gaussian(1.2)(KEY, (32, 32))
-    found = testing.diagnose(affine_map, w, jnp.zeros_like(x), x, key=KEY, solvers=PLAIN)
+    found = diagnose(affine_map, w, jnp.zeros_like(x), x, key=KEY, solvers=PLAIN)
     (said,) = [s for s in found.advice if "plain iteration diverges" in s]
     assert "start from orthogonal weights (deq.init.orthogonal)" in said
     factor = float(said.split(" by ")[1].split()[0])
     for better in (w / (1.1 * factor), deq.init.orthogonal(0.9)(KEY, (32, 32))):
-        after = testing.diagnose(affine_map, better, jnp.zeros_like(x), x, key=KEY, solvers=PLAIN)
+        after = diagnose(affine_map, better, jnp.zeros_like(x), x, key=KEY, solvers=PLAIN)
         assert after.converged["Picard"].all()
         assert "All is well" in after.advice[0]
 
@@ -179,17 +180,17 @@ def test_advice_is_followed():
 def test_a_start_without_image_and_a_state_that_is_not_read():
     x = jnp.ones((4, 8))
     settings = {"key": KEY, "solvers": PLAIN}
-    found = testing.diagnose(overflow, jnp.ones(()), jnp.zeros_like(x), x, **settings)
+    found = diagnose(overflow, jnp.ones(()), jnp.zeros_like(x), x, **settings)
     assert found.advice == (
         "f(z0) is not finite, where no solver can begin: look for an overflow in f, or start from "
         "another z0.",
     )
     assert "nan" in str(found)
     spoiled = x.at[0].set(jnp.nan)
-    found = testing.diagnose(affine_map, jnp.eye(8) / 2, jnp.zeros_like(x), spoiled, **settings)
+    found = diagnose(affine_map, jnp.eye(8) / 2, jnp.zeros_like(x), spoiled, **settings)
     assert "not finite in 1 of 4 samples" in found.advice[0] and "in x." in found.advice[0]
     assert "| Picard |            10 |    75% |" in str(found)
-    found = testing.diagnose(constant, None, jnp.zeros_like(x), x, **settings)
+    found = diagnose(constant, None, jnp.zeros_like(x), x, **settings)
     assert found.advice[0].startswith("f does not depend on z")
     assert found.steps["Picard"].max() == 2
 
@@ -203,7 +204,7 @@ def test_bad_calls_are_refused_in_words():
     with pytest.raises(ValueError, match="got iters=0"):
         look(problem, iters=0)
     with pytest.raises(ValueError, match="f returned"):
-        testing.diagnose(lambda p, z, x: z[:1], None, problem.z0, None, key=KEY)
+        diagnose(lambda p, z, x: z[:1], None, problem.z0, None, key=KEY)
 
 
 def test_a_linen_cell_through_its_equation():
@@ -216,7 +217,7 @@ def test_a_linen_cell_through_its_equation():
     x = jax.random.normal(KEY, (4, 8))
     z0 = jnp.zeros_like(x)
     sol = layer.apply(layer.init(KEY, z0, x, train=False), z0, x, train=False)
-    found = testing.diagnose(
+    found = diagnose(
         sol.equation.f, sol.equation.params, z0, sol.equation.x, key=KEY, max_steps=60
     )
     assert "All is well" in found.advice[0]
@@ -272,7 +273,7 @@ def test_toy_regression_is_diagnosed_before_and_after_training(tmp_path, capsys,
     again = dataclasses.replace(config, workdir=str(tmp_path / "new"), init_from=str(folder))
     mesh = toy_main.make_mesh()
     part = dataclasses.replace(config, workdir=str(folder))
-    found = [diagnose.load(c, toy_main.ToyTask(c, mesh), mesh) for c in (part, again)]
+    found = [command.load(c, toy_main.ToyTask(c, mesh), mesh) for c in (part, again)]
     assert found[1][2] == f"weights of {folder}" == found[0][2]
     jax.tree.map(np.testing.assert_array_equal, found[0][:2], found[1][:2])
     with pytest.raises(UsageError, match="no checkpoint in "):
