@@ -33,7 +33,8 @@ def check(sol: Solution, *, share: float = 0.0) -> Solution:
 
     Raises:
       ConvergenceError: if no sample has converged, or fewer than ``share``.
-      ValueError: if called inside a transformation (jit, grad, vmap), or with a share outside [0, 1].
+      ValueError: if called inside a transformation (jit, grad, vmap), or with a share outside
+        [0, 1].
 
     Example:
       >>> import jax.numpy as jnp

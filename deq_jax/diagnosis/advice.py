@@ -24,8 +24,8 @@ _MOST_ADVICE = 5
 _SENTENCES = {
     "dependent": (
         "The samples depend on each other: f(z) of one sample changes with the state of another, "
-        "so steps and residuals per sample mean little. If z0 has no batch axis, pass z0[None]; "
-        "if f uses statistics of the batch, hold them constant during the solve."
+        "so steps and residuals per sample mean little. If z0 has no batch axis, pass "
+        "batched=False; if f uses statistics of the batch, hold them constant during the solve."
     ),
     "not_finite": (
         "f(z0) is not finite, and no solver can start: look for an overflow in f, or choose "

@@ -17,7 +17,7 @@ from deq_jax.diagnosis.advice import advise, plain_iteration
 from deq_jax.implicit import fixed_point
 from deq_jax.jacobian import frobenius_penalty, spectral_radius
 from deq_jax.solvers import Anderson, Broyden, Picard, Solution, Solver
-from deq_jax.solvers.base import check_count, check_image
+from deq_jax.solvers.base import Unbatched, as_batched, check_count, check_image
 from deq_jax.tree import PyTree
 
 _StateMap = Callable[[PyTree, PyTree, PyTree], PyTree]
@@ -103,6 +103,7 @@ def diagnose(
     tol: float = 1e-3,
     max_steps: int = 30,
     iters: int = 100,
+    batched: bool | None = None,
 ) -> Diagnosis:
     """Solves z = f(params, z, x) by several solvers, measures f around the answer, gives advice.
 
@@ -131,6 +132,8 @@ def diagnose(
       tol: tolerance of the default solvers.
       max_steps: budget of the default solvers.
       iters: power iterations of radius and norm, at least 2.
+      batched: as for `deq_jax.fixed_point`: False if z0 and f have no batch axis (what is returned
+        has one, of length 1), True if z0 is ``[B]`` and every number is a sample.
 
     Returns:
       A `Diagnosis`.
@@ -164,13 +167,18 @@ def diagnose(
         solvers = {kind.__name__: kind(**common) for kind in (Picard, Anderson, Broyden)}
     if not solvers:
         raise ValueError("got no solver; wanted one or more, or solvers=None for the usual three")
-    z0 = jax.tree.map(jnp.asarray, z0)
+    z0 = as_batched(z0, batched)
+    if batched is False:
+        f = Unbatched(f, 1)
     image = f(params, z0, x)
     check_image(z0, image)
     keys = jax.random.split(key, 6)
 
     def run(start: PyTree) -> dict[str, Solution]:
-        return {n: fixed_point(f, params, start, x, solver=s) for n, s in solvers.items()}
+        return {
+            name: fixed_point(f, params, start, x, solver=solver, batched=True)
+            for name, solver in solvers.items()
+        }
 
     solved = run(z0)
     ends = {n: _end(f, params, x, (z0, image), sol) for n, sol in solved.items()}
@@ -184,9 +192,7 @@ def diagnose(
         steps={n: s.num_steps for n, s in stats.items()},
         converged={n: s.converged & ~runaway[n] for n, s in stats.items()},
         runaway=runaway,
-        alignment={
-            n: _alignment(runaway[n], sol, [o[n] for o in others]) for n, sol in solved.items()
-        },
+        alignment={n: _alignment(runaway[n], [o[n] for o in (solved, *others)]) for n in solved},
         spectral_radius=np.asarray(spectral_radius(f, params, z, x, key=keys[0], iters=iters)),
         operator_norm=np.asarray(_operator_norm(f, params, z, x, keys[1], iters)),
         penalty=float(frobenius_penalty(f, params, z, x, key=keys[2], probes=_PROBES)),
@@ -199,7 +205,7 @@ def diagnose(
         for leaf in jax.tree.leaves(part)
         if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and not jnp.isfinite(leaf).all()
     ]
-    finite = np.isfinite(np.asarray(_rows(image))).all(axis=1)
+    finite = np.asarray(jnp.isfinite(_rows(image)).all(axis=1))
     return dataclasses.replace(found, advice=advise(found, solvers, ends, finite, spoiled))
 
 

@@ -1,8 +1,8 @@
 """Equations without a solution, which an honest solver reports as not converged.
 
 In floating-point arithmetic some of them do have solutions: where norm(z) is so large that
-f(z) - z is lost in rounding, f(z) equals z bit for bit.  A solver that goes there and reports a
-residual of 0 with ``stop="abs"`` is honest: the residual is 0.
+f(z) - z is lost in rounding, f(z) equals z bit for bit.  `deq_jax.solve` gives a sample up before
+that, so there it is never reported as converged.
 """
 
 from __future__ import annotations
