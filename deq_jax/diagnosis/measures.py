@@ -150,7 +150,7 @@ def diagnose(
       >>> f = lambda w, z, x: z @ w + x
       >>> print(diagnose(f, w, jnp.zeros_like(x), x, key=jax.random.key(0)).advice[0])
       Plain iteration diverges: the spectral radius at the returned values is up to 1.30. Lower the
-      scale of the weights by 1.3 or more, or train with deq.frobenius_penalty.
+      scale of the weights by a factor of 1.3 or more, or train with deq.frobenius_penalty.
 
     Reference:
       Anil et al., Path Independent Equilibrium Models Can Better Exploit Test-Time Computation
@@ -199,14 +199,19 @@ def diagnose(
         rounding=np.asarray(_rounding(f, params, z, x, keys[3])),
         dependent=_dependent(f, params, z, x, keys[5]),
     )
-    spoiled = [
-        name
-        for name, part in (("params", params), ("z0", z0), ("x", x))
-        for leaf in jax.tree.leaves(part)
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and not jnp.isfinite(leaf).all()
-    ]
+    spoiled = _not_finite(params=params, z0=z0, x=x)
     finite = np.asarray(jnp.isfinite(_rows(image)).all(axis=1))
     return dataclasses.replace(found, advice=advise(found, solvers, ends, finite, spoiled))
+
+
+def _not_finite(**operands: PyTree) -> list[str]:
+    """Returns the names of the trees that hold numbers which are not finite."""
+    return [
+        name
+        for name, operand in operands.items()
+        for leaf in jax.tree.leaves(operand)
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and not jnp.isfinite(leaf).all()
+    ]
 
 
 def _closest(solved: Mapping[str, Solution], runaway: _Arrays, plain: str | None) -> PyTree:
