@@ -171,7 +171,7 @@ def diagnose(
     if batched is False:
         f = Unbatched(f, 1)
     image = f(params, z0, x)
-    check_image(z0, image)
+    z0 = check_image(z0, jax.tree.map(jax.typeof, image))
     keys = jax.random.split(key, 6)
 
     def run(start: PyTree) -> dict[str, Solution]:
