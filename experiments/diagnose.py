@@ -1,4 +1,4 @@
-"""What `--diagnose` prints: `deq.testing.diagnose` of the equilibria of one training batch."""
+"""What `--diagnose` prints: `deq_jax.diagnosis.diagnose` of the equilibria of one batch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 import deq_jax as deq
 from deq_jax import tree
+from deq_jax.diagnosis import Diagnosis, diagnose
 from deq_jax.solvers import Solution
-from deq_jax.testing import Diagnosis, diagnose
 from deq_jax.training import Config, DataIterator, Task, UsageError, weights
 from deq_jax.training.checkpoint import saved_steps
 from deq_jax.training.parallel import batch_sharding, replicated, split_leaves
@@ -185,7 +185,7 @@ def report(config: Config, solution: Solution, x_axes: Any = 0) -> str:
       x_axes: see `look`.
 
     Returns:
-      The report of `deq.testing.diagnose`.
+      The report of `deq_jax.diagnosis.diagnose`.
     """
     found = look(config, solution, x_axes)
     examples = tree.batch_size(found.value)

@@ -20,11 +20,13 @@ CORE = {"tree", "solvers", "implicit", "jacobian", "reparam", "masks", "init"}
 LAYERS = CORE | {"linen", "nnx"}
 # Part of the library -> (parts it may import, other packages it may import).
 TABLE = {
-    "": (LAYERS | {"testing"}, set()),
+    "": (LAYERS | {"testing", "diagnosis", "check"}, set()),
     "tree": (set(), {"jax"}),
     "solvers": ({"tree"}, {"jax"}),
     "implicit": ({"solvers", "tree"}, {"jax"}),
     "jacobian": ({"solvers", "tree"}, {"jax"}),
+    "diagnosis": ({"implicit", "jacobian", "solvers", "tree"}, {"jax", "numpy"}),
+    "check": ({"solvers"}, {"jax", "numpy"}),
     "reparam": ({"solvers", "tree"}, {"jax"}),
     "masks": (set(), {"jax", "numpy"}),
     "init": (set(), {"jax", "numpy"}),
