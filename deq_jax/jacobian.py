@@ -184,7 +184,7 @@ def _linearized(f: _StateMap, params: PyTree, z: PyTree, x: PyTree):
     """Returns f(params, z, x) and the product of its Jacobian in z with a cotangent."""
     z = jax.tree.map(jnp.asarray, z)
     out, vjp = jax.vjp(lambda state: f(params, state, x), z)
-    check_image(z, out)
+    check_image(z, jax.tree.map(jax.typeof, out))
     return out, vjp
 
 

@@ -1,21 +1,25 @@
-"""Batched trees as matrices: the only place where states are flattened.
+"""Trees of arrays with a common batch axis.
 
 Shape letters used in every trailing shape comment of this package:
 
 * ``B``: batch, the leading axis of every leaf;
 * ``D``: elements of one sample's state, all leaves together;
-* ``m``: rows of a solver's history.
+* ``m``: rows of a solver's history;
+* ``...``: the other axes of a leaf, which are never reshaped, so that their sharding is kept.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 PyTree = Any
 
@@ -35,7 +39,8 @@ def describe(tree: PyTree) -> str:
     """
 
     def leaf(a: Any) -> str:
-        return f"{jnp.result_type(a).name}[{','.join(map(str, jnp.shape(a)))}]"
+        a = a if hasattr(a, "dtype") else jnp.asarray(a)
+        return f"{a.dtype.name}[{','.join(map(str, a.shape))}]"
 
     return str(jax.tree.map(leaf, tree)).replace("'float", "float").replace("]'", "]")
 
@@ -50,19 +55,50 @@ def batch_size(tree: PyTree) -> int:
       ``B``.
 
     Raises:
-      ValueError: when there is no leaf, a leaf has no axis, or the leading axes disagree.
+      ValueError: if there is no leaf, a leaf has no axis, or the leading axes disagree.
     """
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
     if not shapes or any(not shape for shape in shapes) or len({s[0] for s in shapes}) > 1:
         raise ValueError(
             f"got a state {describe(tree)}; wanted at least one array, all with the same leading "
-            "batch axis; add the axis, or give every leaf the same number of samples"
+            "batch axis; add the axis, give every leaf the same number of samples, or pass "
+            "batched=False for a single sample without the axis"
         )
     return shapes[0][0]
 
 
+def as_state(tree: PyTree) -> PyTree:
+    """Returns a batched state with its leaves as JAX arrays.
+
+    Args:
+      tree: tree of floating-point arrays ``[B, ...]``, B >= 1; dtypes may differ.
+
+    Returns:
+      The same tree of `jax.Array`.
+
+    Raises:
+      ValueError: for an empty batch, a leaf that is not floating-point, or leading axes that
+        disagree.
+    """
+    batch = batch_size(tree)
+    if batch == 0:
+        raise ValueError(
+            f"got an empty batch, {describe(tree)}; wanted at least one sample; skip the call"
+        )
+    state = jax.tree.map(jnp.asarray, tree)
+    if not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(state)):
+        raise ValueError(
+            f"got a state {describe(tree)}; wanted real floating-point arrays only; cast the state "
+            "(split complex numbers into real and imaginary part), and pass integers and keys in x "
+            "or params"
+        )
+    return state
+
+
 def batch_ravel(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
     """Flattens a batched tree to one row per sample.
+
+    Solvers work on trees; this is for diagnostics that want vectors.
 
     Args:
       tree: tree of floating-point arrays ``[B, ...]``, B >= 1.  Mixed dtypes are promoted.
@@ -81,34 +117,22 @@ def batch_ravel(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]
       >>> flat.shape
       (2, 7)
     """
-    batch = batch_size(tree)
-    leaves, treedef = jax.tree.flatten(tree)
-    leaves = [jnp.asarray(leaf) for leaf in leaves]
-    shapes = [leaf.shape for leaf in leaves]
-    dtypes = [leaf.dtype for leaf in leaves]
-    if batch == 0:
-        raise ValueError(
-            f"got an empty batch, {describe(tree)}; wanted at least one sample; skip the call"
-        )
-    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
-        raise ValueError(
-            f"got a state {describe(tree)}; wanted floating-point arrays only; cast the state, and "
-            "pass integers and keys in x or params"
-        )
-    sizes = [math.prod(shape[1:]) for shape in shapes]
-    common = jnp.result_type(*dtypes)
+    leaves, treedef = jax.tree.flatten(as_state(tree))
+    sizes = [math.prod(leaf.shape[1:]) for leaf in leaves]
+    common = functools.reduce(jnp.promote_types, [leaf.dtype for leaf in leaves])
 
     def unravel(flat: jax.Array) -> PyTree:
-        if len(sizes) == 1:
-            return treedef.unflatten([flat.reshape(shapes[0]).astype(dtypes[0])])
         parts, start = [], 0
-        for shape, dtype, size in zip(shapes, dtypes, sizes, strict=True):
+        for leaf, size in zip(leaves, sizes, strict=True):
             part = flat[:, start : start + size]
-            parts.append(part.reshape((flat.shape[0], *shape[1:])).astype(dtype))
+            parts.append(part.reshape((flat.shape[0], *leaf.shape[1:])).astype(leaf.dtype))
             start += size
         return treedef.unflatten(parts)
 
-    rows = [leaf.reshape(batch, -1).astype(common) for leaf in leaves]
+    rows = [
+        leaf.reshape(leaf.shape[0], size).astype(common)
+        for leaf, size in zip(leaves, sizes, strict=True)
+    ]
     return (rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)), unravel
 
 
@@ -117,23 +141,120 @@ def stat_dtype(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def widest(tree: PyTree) -> Any:
+    """Returns the `stat_dtype` of all leaves together.
+
+    Args:
+      tree: tree of arrays.
+
+    Returns:
+      float32, or float64 if a leaf is float64.
+    """
+    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+
+
+def zeros_like(a: jax.Array, dtype: Any = None) -> jax.Array:
+    """Zeros that are sharded, and vary over mesh axes, as an array does.
+
+    `jnp.zeros_like` forgets the sharding of explicit axes under a jit without `jax.set_mesh`.
+
+    Args:
+      a: any array of real numbers.
+      dtype: of the zeros, that of ``a`` if None.
+
+    Returns:
+      An array of the same shape.
+    """
+    return (a < a).astype(a.dtype if dtype is None else dtype)
+
+
+def column(tree: PyTree, dtype: Any = jnp.float32) -> jax.Array:
+    """Zeros ``[B]`` that are sharded, and vary over mesh axes, as the batch axis of a tree does.
+
+    Args:
+      tree: tree of arrays ``[B, ...]``.
+      dtype: of the zeros.
+
+    Returns:
+      ``[B]``.
+    """
+    leaf = jax.tree.leaves(tree)[0]
+    return jnp.any(leaf < leaf, axis=tuple(range(1, leaf.ndim))).astype(dtype)
+
+
+def match(tree: PyTree, types: PyTree) -> PyTree:
+    """Gives arrays the explicit sharding and the varying mesh axes of others.
+
+    A start of zeros often has neither, while its image under f has both.
+
+    Args:
+      tree: tree of arrays.
+      types: tree of the same structure, of anything that `jax.typeof` returns.
+
+    Returns:
+      The same numbers.
+    """
+
+    def leaf(a: jax.Array, wanted: Any) -> jax.Array:
+        have = jax.typeof(a)
+        if wanted.sharding != have.sharding and any(part for part in wanted.sharding.spec):
+            a = jax.sharding.reshard(a, wanted.sharding)
+        missing = tuple(sorted(_varying(wanted) - _varying(have)))
+        return lax.pcast(a, missing, to="varying") if missing else a
+
+    return jax.tree.map(leaf, tree, types)
+
+
+def _varying(type_of_array: Any) -> frozenset[str]:
+    """Mesh axes that an array varies over inside `jax.shard_map`."""
+    return getattr(getattr(type_of_array, "mat", None), "varying", frozenset())
+
+
+def contract(a: jax.Array, b: jax.Array, *, batched: bool = True) -> jax.Array:
+    """Sums a product over the trailing axes, those of ``b`` but for its first.
+
+    Args:
+      a: ``[B, ...]`` or ``[B, m, ...]``; ``[m, ...]`` if not batched.
+      b: ``[B, ...]``.
+      batched: whether the first axes are the same, or an axis of the result each.
+
+    Returns:
+      ``[B]`` or ``[B, m]``; ``[m, B]`` if not batched; in the `stat_dtype` of ``a``.
+    """
+    first = a.ndim - b.ndim + 1
+    axes = (tuple(range(first, a.ndim)), tuple(range(1, b.ndim)))
+    sharding, out = jax.typeof(b).sharding, None
+    if any(part is not None for part in sharding.spec[1:]):
+        # Explicit axes: the sum over a sharded axis has to name the sharding of its result.
+        lead = (sharding.spec[0],) if batched else (None,)
+        out = NamedSharding(sharding.mesh, PartitionSpec(*lead, *(None,) * (first - batched)))
+    return lax.dot_general(
+        a,
+        b,
+        (axes, ((0,), (0,)) if batched else ((), ())),
+        precision=EXACT,
+        preferred_element_type=stat_dtype(a.dtype),
+        out_sharding=out,
+    )
+
+
 def dot(a: PyTree, b: PyTree) -> jax.Array:
     """Per-sample inner product, summed over all leaves.
 
     Args:
       a: tree of arrays ``[B, ...]``.
-      b: tree of the same shapes.
+      b: tree of the same shapes and dtypes.
 
     Returns:
       ``[B]``, float32 or wider.
     """
+    wide = widest(a)
 
     def leaf(x: jax.Array, y: jax.Array) -> jax.Array:
-        dtype = stat_dtype(jnp.result_type(x, y))
-        x, y = x.reshape(x.shape[0], -1), y.reshape(y.shape[0], -1)
-        return jnp.einsum("bd,bd->b", x, y, precision=EXACT, preferred_element_type=dtype)
+        return contract(x, y).astype(wide)
 
-    return sum(jax.tree.leaves(jax.tree.map(leaf, a, b)))  # type: ignore[return-value]
+    return functools.reduce(operator.add, jax.tree.leaves(jax.tree.map(leaf, a, b)))
 
 
 def norm(a: PyTree) -> jax.Array:
@@ -148,6 +269,11 @@ def norm(a: PyTree) -> jax.Array:
     return jnp.sqrt(dot(a, a))
 
 
+def spread(c: jax.Array, like: jax.Array) -> jax.Array:
+    """Appends axes of length one to ``c [B]``, so that it broadcasts against ``like [B, ...]``."""
+    return lax.expand_dims(c, range(1, like.ndim))
+
+
 def where(mask: jax.Array, a: PyTree, b: PyTree) -> PyTree:
     """Chooses whole samples: those of ``a`` where ``mask`` holds, those of ``b`` elsewhere.
 
@@ -159,8 +285,4 @@ def where(mask: jax.Array, a: PyTree, b: PyTree) -> PyTree:
     Returns:
       A tree like ``a``.
     """
-
-    def leaf(x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, y)
-
-    return jax.tree.map(leaf, a, b)
+    return jax.tree.map(lambda x, y: jnp.where(spread(mask, x), x, y), a, b)

@@ -274,27 +274,31 @@ def test_broyden_memory_shorter_than_the_solve_still_converges(x64):
     assert short.stats.num_steps.max() <= 2 * full.stats.num_steps.max()
 
 
-def test_split_history_reads_and_writes_as_one_block(monkeypatch):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_split_history_reads_and_writes_as_one_block(monkeypatch, batch):
     monkeypatch.setattr(history, "_SPLIT_BYTES", 0)
     rng = np.random.default_rng(0)
-    like, rows = jnp.zeros((2, 7)), 12
-    blocks = history.empty(like, rows)
-    assert [block.shape[1] for block in blocks] == [5, 5, 2]
-    dense = np.zeros((2, rows, 7), np.float32)
+    like, rows = {"a": jnp.zeros((batch, 4)), "b": jnp.zeros((batch, 3, 2))}, 12
+    blocks = history.split(history.empty(like, rows))
+    assert blocks.counts == [5, 5, 2] and not history.is_large(jnp.zeros(3))
+    dense = np.zeros((batch, rows, 10), np.float32)
 
     @jax.jit
     def turn(blocks, slot, filled, v, c):
-        blocks = history.write(blocks, slot, v)
-        return blocks, history.inner(blocks, v, filled), history.combine(blocks, c, filled)
+        blocks = blocks.write(slot, v)
+        return blocks, blocks.inner(v, filled), blocks.combine(c, filled)
 
     for k in range(30):
-        v = rng.standard_normal((2, 7)).astype(np.float32)
-        c = rng.standard_normal((2, rows)).astype(np.float32)
+        flat = rng.standard_normal((batch, 10)).astype(np.float32)
+        v = {"a": flat[:, :4], "b": flat[:, 4:].reshape(batch, 3, 2)}
+        c = rng.standard_normal((batch, rows)).astype(np.float32)
         filled = min(k + 1, rows)
         c[:, filled:] = 0
-        dense[:, k % rows] = v
+        dense[:, k % rows] = flat
         blocks, inner, mixed = turn(blocks, k % rows, filled, v, c)
-        np.testing.assert_allclose(inner, np.einsum("bmd,bd->bm", dense, v), rtol=1e-4, atol=1e-5)
+        mixed = np.concatenate([mixed["a"], mixed["b"].reshape(batch, 6)], axis=1)
+        expected = np.einsum("bmd,bd->bm", dense, flat)
+        np.testing.assert_allclose(inner, expected, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(mixed, np.einsum("bm,bmd->bd", c, dense), rtol=1e-4, atol=1e-5)
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from deq_jax import tree
 from deq_jax.solvers import history
-from deq_jax.solvers.base import StopMode, check_count, check_fraction, check_settings
-from deq_jax.tree import stat_dtype
+from deq_jax.solvers.base import StopMode, check_settings
+from deq_jax.tree import PyTree
+
+# Systems up to this size are solved by scalar operations that fuse into one kernel.
+_FUSED = 8
 
 
 class AndersonState(NamedTuple):
@@ -35,14 +41,14 @@ class Anderson:
 
     The next iterate is sum_i a_i ((1 - damping) z_i + damping f(z_i)) over the window, where the
     weights minimise norm(sum_i a_i (f(z_i) - z_i))^2 subject to sum_i a_i = 1.  The window grows
-    from one; the Gram matrix gains one row a step and is kept in float32 (float64 for float64
+    from one.  The Gram matrix gains one row a step and is kept in float32 (float64 for float64
     states).
 
     Args:
       tol: residual at which a sample has converged.
       max_steps: largest number of evaluations of f.
-      stop: ``"rel"``, norm(f(z) - z) / norm(f(z)), or ``"abs"``, norm(f(z) - z).
-      memory: iterates in the window.
+      stop: ``"rel"`` or ``"abs"``, see `SolveStats`.
+      memory: iterates in the window; no more than ``max_steps`` are stored.
       ridge: Tikhonov term added to the Gram matrix of the *normalised* residuals; a pure number.
       damping: mixing in (0, 1]; 1 uses images only.
 
@@ -51,6 +57,12 @@ class Anderson:
 
     Raises:
       ValueError: for a setting out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, deq_jax as deq
+      >>> sol = deq.solve(deq.Anderson(tol=1e-6), jnp.cos, jnp.ones((1, 1)))
+      >>> round(float(sol.value[0, 0]), 4)
+      0.7391
 
     Reference:
       Anderson, Iterative procedures for nonlinear integral equations, J. ACM 12 (1965);
@@ -66,40 +78,42 @@ class Anderson:
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        check_settings(self)
-        check_count("Anderson", "memory", self.memory)
-        check_fraction("Anderson", "damping", self.damping)
-        if not (isinstance(self.ridge, (int, float)) and self.ridge >= 0):
+        check_settings(self, counts=("memory",), fractions=("damping",))
+        if not (isinstance(self.ridge, numbers.Real) and self.ridge >= 0):
             raise ValueError(f"Anderson: got ridge={self.ridge!r}; wanted a number >= 0")
+        object.__setattr__(self, "ridge", float(self.ridge))
 
-    def init(self, z: jax.Array) -> AndersonState:
-        """Returns an empty window for states like ``z [B, D]``."""
-        m = self.memory
-        column = jnp.zeros_like(z[:, :1], dtype=stat_dtype(z.dtype))
+    def init(self, z: PyTree) -> AndersonState:
+        """Returns an empty window for states like ``z``, a tree ``[B, ...]``."""
+        m = self._rows
         return AndersonState(
             k=jnp.int32(0),
             images=history.empty(z, m),
             residuals=history.empty(z, m),
-            gram=jnp.broadcast_to(column[:, :, None], (z.shape[0], m, m)),
+            gram=history.gram(z, m),
         )
 
-    def step(
-        self, z: jax.Array, fz: jax.Array, state: AndersonState
-    ) -> tuple[jax.Array, AndersonState]:
-        """Returns the next iterate ``[B, D]`` and the window with ``z`` taken in."""
-        m = self.memory
+    @property
+    def _rows(self) -> int:
+        return min(self.memory, self.max_steps)
+
+    def step(self, z: PyTree, fz: PyTree, state: AndersonState) -> tuple[PyTree, AndersonState]:
+        """Returns the next iterate, a tree ``[B, ...]``, and the window with ``z`` taken in."""
+        m = self._rows
         slot, filled = state.k % m, jnp.minimum(state.k + 1, m)
-        g = fz - z
-        images = history.write(state.images, slot, fz)
-        residuals = history.write(state.residuals, slot, g)
-        row = history.inner(residuals, g, filled)  # [B, m]
+        g = jax.tree.map(jnp.subtract, fz, z)
+        images = state.images.write(slot, fz)
+        residuals = state.residuals.write(slot, g)
+        row = residuals.inner(g, filled)  # [B, m]
         here = jnp.arange(m) == slot
         gram = jnp.where(here[None, :, None], row[:, None, :], state.gram)
         gram = jnp.where(here[None, None, :], row[:, :, None], gram)  # [B, m, m]
         a = self.weights(gram, jnp.arange(m) < filled)
-        z_next = history.combine(images, a, filled)
+        z_next = images.combine(a, filled)
         if self.damping != 1.0:
-            z_next -= (1 - self.damping) * history.combine(residuals, a, filled)
+            mixed = residuals.combine(a, filled)
+            z_next = jax.tree.map(lambda x, r: x - (1 - self.damping) * r, z_next, mixed)
+        z_next = jax.tree.map(lambda x, like: x.astype(like.dtype), z_next, z)
         return z_next, AndersonState(state.k + 1, images, residuals, gram)
 
     def weights(self, gram: jax.Array, valid: jax.Array) -> jax.Array:
@@ -116,29 +130,56 @@ class Anderson:
           Weights ``[B, m]``, zero for rows not in use, each row summing to one.
         """
         used = valid[None]  # [1, m]
-        diagonal = jnp.diagonal(gram, axis1=1, axis2=2)  # [B, m]
+        eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
+        diagonal = jnp.sum(gram * eye, axis=2)  # [B, m]
         length = jnp.sqrt(jnp.maximum(diagonal, jnp.finfo(gram.dtype).tiny))
         # Weights are homogeneous: measuring lengths by the shortest keeps 1 / norm in range.
         shortest = jnp.min(jnp.where(used, length, jnp.inf), axis=1, keepdims=True)
         inverse = jnp.where(used, shortest / length, 0)
         unit = jnp.where(used, 1 / length, 0)
         matrix = gram * unit[:, :, None] * unit[:, None, :]
-        matrix += jnp.diag(jnp.where(valid, self.ridge, 1).astype(gram.dtype))[None]
+        matrix += eye * jnp.where(valid, self.ridge, 1).astype(gram.dtype)[None, :, None]
         y = _solve_positive(matrix, inverse) * inverse
         return y / jnp.sum(y, axis=1, keepdims=True)
 
 
 def _solve_positive(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
-    """Solves small positive definite systems ``[B, m, m] y = [B, m]`` by elimination.
+    """Solves small positive definite systems ``[B, m, m] y = [B, m]``.
 
-    Without pivoting, which positive definite systems do not need: m fused elementwise operations,
-    where a library call would be one launch per factor on accelerators.
+    By elimination without pivoting, which positive definite systems do not need.  A library call
+    would be one launch per factor on accelerators.
     """
     m = matrix.shape[-1]
-    table = jnp.concatenate([matrix, rhs[:, :, None]], axis=2)  # [B, m, m + 1]
-    for i in range(m):
-        pivot = table[:, i, :] / table[:, i, i, None]
-        others = (jnp.arange(m) != i)[None, :, None]
-        column = jnp.where(others, table[:, :, i, None], 0)
-        table = jnp.where(others, table, pivot[:, None, :]) - column * pivot[:, None, :]
-    return table[:, :, m]
+    if m > _FUSED:
+        return _solve_in_a_loop(matrix, rhs)
+    # All operations are on vectors [B] without a change of index, so that they fuse into one.
+    a = [[matrix[:, i, j] for j in range(i + 1)] for i in range(m)]
+    y = [rhs[:, i] for i in range(m)]
+    for j in range(m):  # matrix = L D L^T: a becomes L D, y becomes L^-1 rhs
+        for i in range(j + 1, m):
+            factor = a[i][j] / a[j][j]
+            for k in range(j + 1, i + 1):
+                a[i][k] = a[i][k] - factor * a[k][j]
+            y[i] = y[i] - factor * y[j]
+    for i in reversed(range(m)):
+        rest = y[i]
+        for k in range(i + 1, m):
+            rest = rest - a[k][i] * y[k]
+        y[i] = rest / a[i][i]
+    return jnp.stack(y, axis=1)
+
+
+def _solve_in_a_loop(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
+    """The same, one column an iteration: compiling does not take longer for larger systems."""
+    m = matrix.shape[-1]
+    rows = jnp.arange(m)
+
+    def eliminate(i: jax.Array, table: jax.Array) -> jax.Array:
+        here = (rows == i)[None, :, None]
+        pivot = lax.dynamic_slice_in_dim(table, i, 1, axis=1)  # [B, 1, m + 1]
+        pivot = pivot / lax.dynamic_slice_in_dim(pivot, i, 1, axis=2)
+        column = lax.dynamic_slice_in_dim(table, i, 1, axis=2)  # [B, m, 1]
+        return jnp.where(here, pivot, table - column * pivot)
+
+    table = jnp.concatenate([matrix, rhs[:, :, None]], axis=2)
+    return lax.fori_loop(0, m, eliminate, table)[:, :, m]

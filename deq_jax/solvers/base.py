@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+import numbers
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deq_jax import tree
+from deq_jax import traced, tree
+from deq_jax.solvers import history
+from deq_jax.traced import Traced
 from deq_jax.tree import PyTree
 
 StopMode = Literal["rel", "abs"]
+Keep = Literal["best", "last"]
 
-# Keeps norm(f(z) - z) / norm(f(z)) finite where f(z) = 0.
-_TINY = 1e-9
+# How far norm(f(z)) may grow beyond the first images and still lower a relative residual.
+_GROWTH = 100.0
 
 
 class Solver(Protocol):
     """What `solve` needs of a root-finding method for z = f(z).
 
-    A solver is a value: hashable, without state of its own.  ``init`` makes the state of one solve
-    from the flattened start ``z [B, D]``; ``step`` turns an iterate ``z``, its image ``fz`` (both
-    ``[B, D]``) and the state into the next iterate and state.  Samples must not mix.
+    A solver is a value: hashable, without state of its own.  ``init`` returns the state of one solve
+    from its start ``z``; ``step`` turns an iterate ``z``, its image ``fz`` (both trees ``[B, ...]``)
+    and the state into the next iterate and state.  Samples must not mix.
     """
 
     @property
@@ -43,11 +48,11 @@ class Solver(Protocol):
         """``"rel"`` or ``"abs"``: how the residual is measured."""
         ...
 
-    def init(self, z: jax.Array) -> Any:
+    def init(self, z: PyTree) -> Any:
         """Returns the state before the first step."""
         ...
 
-    def step(self, z: jax.Array, fz: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    def step(self, z: PyTree, fz: PyTree, state: Any) -> tuple[PyTree, Any]:
         """Returns the next iterate and the next state."""
         ...
 
@@ -57,23 +62,37 @@ class Solver(Protocol):
 class SolveStats:
     """What one solve did, sample by sample.
 
+    The residual of an iterate z is norm(f(z) - z) for ``stop="abs"`` and
+
+        norm(f(z) - z) / min(norm(f(z)), 100 r),    0 / 0 = 0,
+
+    for ``stop="rel"``, where r is the largest of norm(f(z_0)), norm(f(z_1)) and of all
+    norm(f(z_k) - z_k) so far.  So an iterate that runs away does not look converged because it is
+    long.  It is infinite, and the sample is given up, where f(z) is not finite, or so long that its
+    rounding errors reach r.
+
+    The statistics carry no gradient: `jax.grad` sees constants.  To penalise the residual, compute
+    ``f(params, sol.value, x) - sol.value``.
+
     Attributes:
       num_steps: int32 ``[B]``, evaluations of f until the sample converged or was given up.
-      residual: float32 ``[B]``, residual of the returned value (``inf`` if none was finite).
+      residual: float32 ``[B]``, residual of the returned value (``keep="best"``), or of the last
+        iterate that was evaluated (``keep="last"``); ``inf`` if it is not finite.
       converged: bool ``[B]``, whether ``residual <= tol``.
-      trace: float32 ``[max_steps, B]``, residual of every iterate, ``inf`` after the last one.
+      trace: float32 ``[max_steps, B]``, the residual after each evaluation, ``inf`` where it is not
+        finite and after the last one; None if it was not asked for.
     """
 
     num_steps: jax.Array
     residual: jax.Array
     converged: jax.Array
-    trace: jax.Array
+    trace: jax.Array | None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Equation:
-    """The equation z = f(params, z, x) that a layer solved, with what stood still in it.
+    """The equation z = f(params, z, x) that a layer solved.
 
     Attributes:
       f: the map, static.
@@ -89,12 +108,16 @@ class Equation:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """The answer of a solve.
+    """The result of a solve.
+
+    It is a pytree, so that it passes through `jax.jit`.  A jitted function that returns one returns
+    all of its arrays, those of ``equation`` included: return ``sol.value`` and ``sol.stats``, or
+    ``dataclasses.replace(sol, equation=None)``, if the weights are not wanted.
 
     Attributes:
-      value: the best iterate of every sample, a tree like ``z0``.
+      value: the fixed point of every sample, a tree like ``z0``.
       stats: how it was found.
-      equation: filled in by the Flax layers, whose users hold neither f nor its parameters.
+      equation: set by the Flax layers, whose users hold neither f nor its parameters.
     """
 
     value: PyTree
@@ -116,104 +139,242 @@ class _Loop(NamedTuple):
     """Carry of the loop; every array but ``k`` has a batch axis."""
 
     k: jax.Array
-    z: jax.Array
+    z: PyTree
     state: Any
-    best: jax.Array
+    best: PyTree | None
     done: jax.Array
     num_steps: jax.Array
     residual: jax.Array
-    trace: jax.Array
+    reference: jax.Array
+    trace: jax.Array | None
 
 
-def check_settings(solver: Any) -> None:
-    """Refuses settings that no solver can work with.
+def check_settings(solver: Any, counts: Sequence[str] = (), fractions: Sequence[str] = ()) -> None:
+    """Checks the settings of a solver, and turns NumPy's numbers into Python's.
 
     Args:
-      solver: anything with ``tol``, ``max_steps`` and ``stop``.
+      solver: a frozen dataclass with ``tol``, ``max_steps`` and ``stop``.
+      counts: its settings besides ``max_steps`` that are whole numbers of at least 1.
+      fractions: its settings in (0, 1].
 
     Raises:
       ValueError: naming the setting, what was given and what would do.
     """
     name = type(solver).__name__
-    if not (isinstance(solver.tol, (int, float)) and 0 < solver.tol < math.inf):
+    if isinstance(solver.tol, jax.core.Tracer):
+        raise ValueError(
+            f"{name}: got a traced tol; wanted a number, for a solver is static; build the solver "
+            "outside jit, and one for each tolerance"
+        )
+    if not (isinstance(solver.tol, numbers.Real) and 0 < solver.tol < math.inf):
         raise ValueError(
             f"{name}: got tol={solver.tol!r}; wanted a positive finite number; to run a fixed "
             "number of steps use a tiny tol such as 1e-30"
         )
-    check_count(name, "max_steps", solver.max_steps)
     if solver.stop not in ("rel", "abs"):
         raise ValueError(
             f'{name}: got stop={solver.stop!r}; wanted "rel", norm(f(z) - z) / norm(f(z)), or '
             '"abs", norm(f(z) - z)'
         )
+    object.__setattr__(solver, "tol", float(solver.tol))
+    for setting in ("max_steps", *counts):
+        value = check_count(name, setting, getattr(solver, setting))
+        object.__setattr__(solver, setting, value)
+    for setting in fractions:
+        value = check_fraction(name, setting, getattr(solver, setting))
+        object.__setattr__(solver, setting, value)
 
 
-def check_count(name: str, setting: str, value: Any) -> None:
-    """Refuses a setting that is not a whole number >= 1.
+def check_count(name: str, setting: str, value: Any) -> int:
+    """Raises for a setting that is not a whole number >= 1.
 
     Args:
       name: whose setting it is.
       setting: its name.
       value: what was given.
+
+    Returns:
+      The number as an int.
 
     Raises:
-      ValueError: if ``value`` is not an int, or is below one.
+      ValueError: if ``value`` is not a whole number, or is below one.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    number = _as_int(value)
+    if number is None or number < 1:
         raise ValueError(f"{name}: got {setting}={value!r}; wanted a whole number of at least 1")
+    return number
 
 
-def check_fraction(name: str, setting: str, value: Any) -> None:
-    """Refuses a setting that is not a number in (0, 1].
+def check_fraction(name: str, setting: str, value: Any) -> float:
+    """Raises for a setting that is not a number in (0, 1].
 
     Args:
       name: whose setting it is.
       setting: its name.
       value: what was given.
+
+    Returns:
+      The number as a float.
 
     Raises:
       ValueError: if ``value`` lies outside (0, 1].
     """
-    if not (isinstance(value, (int, float)) and 0 < value <= 1):
+    if not (isinstance(value, numbers.Real) and 0 < value <= 1):
         raise ValueError(f"{name}: got {setting}={value!r}; wanted a number in (0, 1]")
+    return float(value)
 
 
-def _budget(solver: Solver, max_steps: int | jax.Array | None) -> int | jax.Array:
+def split_budget(
+    solver: Solver, max_steps: int | jax.Array | None
+) -> tuple[int | None, jax.Array | None]:
+    """Checks the budget of one call.
+
+    Args:
+      solver: its ``max_steps`` is the limit.
+      max_steps: a whole number, an integer scalar array, or None for the limit.  A traced scalar,
+        whose value is not known yet, is cut off at 0 and the limit.
+
+    Returns:
+      The number and None, or None and the array.
+
+    Raises:
+      ValueError: for a number outside [0, limit], or an array that is no integer scalar.
+    """
     if max_steps is None:
-        return solver.max_steps
-    if isinstance(max_steps, int):
-        if not 0 <= max_steps <= solver.max_steps:
+        return solver.max_steps, None
+    if not isinstance(max_steps, jax.Array):
+        steps = _as_int(max_steps)
+        if steps is None or not 0 <= steps <= solver.max_steps:
             raise ValueError(
-                f"got max_steps={max_steps} for a solver with max_steps={solver.max_steps}; wanted "
-                "0 <= max_steps <= the solver's, which sizes stats.trace; raise the solver's"
+                f"got max_steps={max_steps!r} for a solver with max_steps={solver.max_steps}; "
+                "wanted a whole number from 0 to the solver's, which sizes the trace; raise the "
+                "solver's"
             )
-        return max_steps
-    if jnp.shape(max_steps) or not jnp.issubdtype(jnp.result_type(max_steps), jnp.integer):
+        return steps, None
+    if max_steps.shape or not jnp.issubdtype(max_steps.dtype, jnp.integer):
         raise ValueError(
             f"got max_steps of type {tree.describe(max_steps)}; wanted an int or an integer scalar"
         )
-    return jnp.minimum(max_steps, solver.max_steps)
+    if not isinstance(max_steps, jax.core.Tracer):
+        split_budget(solver, int(max_steps))  # raises for a number that is known to be wrong
+    return None, jnp.minimum(max_steps, solver.max_steps)
 
 
-def check_image(z: PyTree, fz: PyTree) -> None:
-    """Refuses an f that does not map the state to a state of the same kind.
+def _as_int(value: Any) -> int | None:
+    """The number if it is a whole one, also of NumPy's types."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def check_solver(solver: Any, argument: str = "solver") -> None:
+    """Raises if an argument is not a solver.
 
     Args:
-      z: the argument of f.
-      fz: its image.
+      solver: what was given.
+      argument: name of the argument.
+
+    Raises:
+      ValueError: naming the argument.
+    """
+    if isinstance(solver, type):
+        raise ValueError(
+            f"got the class {solver.__name__} as {argument}; wanted an instance, such as "
+            f"{solver.__name__}(tol=1e-4)"
+        )
+    if not all(hasattr(solver, name) for name in ("tol", "max_steps", "stop", "init", "step")):
+        raise ValueError(
+            f"got {solver!r} as {argument}; wanted a solver, such as deq.Anderson(tol=1e-4)"
+        )
+
+
+def check_image(z: PyTree, image: PyTree) -> PyTree:
+    """Raises for an f that does not map the state to a state of the same kind.
+
+    Args:
+      z: the argument of f, tree of arrays.
+      image: what `jax.typeof` says of f(z), leaf by leaf.
+
+    Returns:
+      z, sharded and varying over mesh axes as its image.
 
     Raises:
       ValueError: if tree structure, shapes or dtypes differ.
     """
-    same = jax.tree.structure(z) == jax.tree.structure(fz) and all(
-        jnp.shape(a) == jnp.shape(b) and jnp.result_type(a) == jnp.result_type(b)
-        for a, b in zip(jax.tree.leaves(z), jax.tree.leaves(fz), strict=True)
+    same = jax.tree.structure(z) == jax.tree.structure(image) and all(
+        a.shape == b.shape and a.dtype == b.dtype
+        for a, b in zip(jax.tree.leaves(z), jax.tree.leaves(image), strict=True)
     )
     if not same:
         raise ValueError(
-            f"f returned {tree.describe(fz)}; wanted {tree.describe(z)}, the tree, shapes and "
-            "dtypes of z0; cast or reshape inside f, or start from another z0"
+            f"f returned {tree.describe(image)}; wanted {tree.describe(z)}, the tree, shapes and "
+            "dtypes of z0; cast or reshape inside f, start from another z0, or compute what else "
+            "f returns once, at the solution"
         )
+    return tree.match(z, image)
+
+
+def as_batched(z0: PyTree, batched: bool | None) -> PyTree:
+    """Returns the start of a solve with a batch axis.
+
+    Args:
+      z0: tree ``[B, ...]``, or ``[...]`` if ``batched`` is False.
+      batched: what the caller says of z0; None if nothing.
+
+    Returns:
+      Tree of arrays ``[B, ...]``.
+
+    Raises:
+      ValueError: if nothing is said and no leaf has a second axis, or for a bad state.
+    """
+    if batched is False:
+        return tree.as_state(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], z0))
+    state = tree.as_state(z0)
+    if batched is None and all(leaf.ndim == 1 for leaf in jax.tree.leaves(state)):
+        raise ValueError(
+            f"got a state {tree.describe(z0)}, whose only axis would be the batch; wanted a state "
+            "[B, ...] with a second axis; add a batch axis with z0[None], or pass batched=False "
+            "for one sample without a batch axis, or batched=True if every number is a sample"
+        )
+    return state
+
+
+@dataclasses.dataclass(frozen=True)
+class Unbatched:
+    """A map of states without a batch axis as one of a batch of one.
+
+    Attributes:
+      f: maps ``(..., z, ...)`` with z at ``place``.
+      place: position of z among the arguments.
+    """
+
+    f: Callable[..., PyTree]
+    place: int
+
+    def __call__(self, *operands: PyTree) -> PyTree:
+        """Adds the axis to the image of the state without it."""
+        given = list(operands)
+        given[self.place] = jax.tree.map(lambda leaf: leaf[0], given[self.place])
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], self.f(*given))
+
+
+def without_batch(solution: Solution) -> Solution:
+    """Removes the batch axis of a batch of one.
+
+    Args:
+      solution: of a batch of one.
+
+    Returns:
+      The same with values ``[...]``, scalar statistics and a trace ``[max_steps]``.
+    """
+    stats = solution.stats
+    first = jax.tree.map(lambda leaf: leaf[0], dataclasses.replace(stats, trace=None))
+    trace = None if stats.trace is None else stats.trace[:, 0]
+    value = jax.tree.map(lambda leaf: leaf[0], solution.value)
+    return Solution(value=value, stats=dataclasses.replace(first, trace=trace))
 
 
 def solve(
@@ -222,20 +383,26 @@ def solve(
     z0: PyTree,
     *,
     max_steps: int | jax.Array | None = None,
+    keep: Keep = "best",
+    batched: bool | None = None,
+    trace: bool = True,
 ) -> Solution:
     """Solves z = f(z) for every sample of a batch.
 
-    One evaluation of f per step.  Each sample has its own residual, norm(f(z) - z) / norm(f(z)) or
-    norm(f(z) - z), stops on its own and returns its best iterate; the loop ends when all samples
-    have stopped or the budget is spent.  A sample whose residual is no longer finite is given up
-    with the best finite iterate it had.  Not differentiable: see `deq_jax.fixed_point`.
+    One evaluation of f per step.  Each sample has its own residual (see `SolveStats`) and stops on
+    its own; the loop ends when all samples have stopped or the budget is spent.  A sample whose
+    residual is no longer finite is given up.  Not differentiable: see `deq_jax.fixed_point`.
 
     Args:
       solver: the method, e.g. ``Anderson(tol=1e-3, max_steps=30)``.
       f: maps a tree of arrays ``[B, ...]`` to the same tree, sample by sample.
       z0: start, tree of floating-point arrays ``[B, ...]``.
-      max_steps: budget of this call, an int or a traced integer scalar; at most the solver's own.
-        0 returns ``z0`` unevaluated.
+      max_steps: budget of this call, a whole number from 0 to the solver's own, or a traced integer
+        scalar, which is cut off at these bounds.  0 returns ``z0`` unevaluated.
+      keep: ``"best"`` returns the iterate of the smallest residual; ``"last"`` the one after the
+        last step, or the one that converged.
+      batched: False for a z0 without a batch axis; True for samples that are single numbers.
+      trace: whether ``stats.trace`` is recorded.
 
     Returns:
       Solution with ``value`` like ``z0`` and the statistics.
@@ -244,59 +411,131 @@ def solve(
       ValueError: for an empty batch, an f that changes tree, shape or dtype, or a bad budget.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> sol = solve(Picard(tol=1e-6, max_steps=100), jnp.cos, jnp.ones((1, 1)))
+      >>> import jax.numpy as jnp, deq_jax as deq
+      >>> sol = deq.solve(deq.Picard(tol=1e-6, max_steps=100), jnp.cos, jnp.ones((1, 1)))
       >>> round(float(sol.value[0, 0]), 4)
       0.7391
     """
-    budget = _budget(solver, max_steps)
-    z, unravel = tree.batch_ravel(z0)  # [B, D]
-    column = jnp.zeros_like(z[:, 0], dtype=jnp.float32)  # [B], carries z's sharding
+    check_solver(solver)
+    state = as_batched(z0, batched)
+    if batched is False:
+        f = Unbatched(f, 0)
+    program, consts = traced.trace(f, state)
+    state = check_image(state, program.out)
+    static, budget = split_budget(solver, max_steps)
+    out = traced.call(_solve, program, (solver, static, keep, trace), consts, state, budget)
+    solution = Solution(*out)
+    return without_batch(solution) if batched is False else solution
+
+
+def _solve(
+    program: Traced,
+    solver: Solver,
+    static: int | None,
+    keep: Keep,
+    trace: bool,
+    consts: tuple[jax.Array, ...],
+    z0: PyTree,
+    budget: jax.Array | None,
+) -> tuple[PyTree, SolveStats]:
+    steps = budget if static is None else static
+    return iterate(solver, lambda z: program(consts, z), z0, steps, keep, trace)
+
+
+def iterate(
+    solver: Solver,
+    f: Callable[[PyTree], PyTree],
+    z0: PyTree,
+    budget: int | jax.Array | None,
+    keep: Keep = "best",
+    trace: bool = True,
+) -> tuple[PyTree, SolveStats]:
+    """Runs the loop of `solve` on arguments that have been checked.
+
+    Args:
+      solver: the method.
+      f: maps a tree of arrays ``[B, ...]`` to the same tree.
+      z0: start, tree of arrays ``[B, ...]``.
+      budget: largest number of steps.
+      keep: which iterate is returned.
+      trace: whether the residuals of all steps are recorded.
+
+    Returns:
+      The value and the statistics.
+    """
+    if keep not in ("best", "last"):
+        raise ValueError(f'got keep={keep!r}; wanted "best" or "last"')
+    budget = solver.max_steps if budget is None else budget
+    column = tree.column(z0)  # [B]
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(z0))
+    largest = float(jnp.finfo(jnp.float32).max)
 
     def body(c: _Loop) -> _Loop:
-        arg = unravel(c.z)
-        image = f(arg)
-        check_image(arg, image)
-        fz, _ = tree.batch_ravel(image)
-        gap = tree.norm(fz - c.z)
+        fz = f(c.z)
+        gap, size = tree.norm(jax.tree.map(jnp.subtract, fz, c.z)), tree.norm(fz)
+        first = jnp.where(c.k < 2, size, 0)
+        reference = jnp.maximum(c.reference, jnp.where(jnp.isfinite(gap), gap, 0))
+        reference = jnp.maximum(reference, jnp.where(jnp.isfinite(first), first, 0))
+        # Rounding f(z) must not cost as much as the first images had.
+        finite = jnp.isfinite(gap) & (eps * size <= reference)
         if solver.stop == "rel":
-            size = tree.norm(fz)
-            # A length that has overflowed would make any gap look small.
-            gap = jnp.where(jnp.isfinite(size), gap / (size + _TINY), jnp.inf)
-        r = gap.astype(jnp.float32)  # [B]
+            size = jnp.minimum(size, _GROWTH * reference)
+            gap = jnp.where(gap == 0, 0, gap / size)
+        r = jnp.where(finite, jnp.minimum(gap, largest), jnp.inf).astype(jnp.float32)  # [B]
         active = ~c.done
-        better = active & (r < c.residual)
-        done = c.done | (r <= solver.tol) | ~jnp.isfinite(r)
+        done = c.done | (r <= solver.tol) | ~finite
         z_next, state = solver.step(c.z, fz, c.state)
+        if keep == "last":
+            best, residual = None, jnp.where(active, r, c.residual)
+            z_next = tree.where(done, c.z, z_next)
+        else:
+            # Finished samples go on, for nothing that is returned depends on them.
+            better = active & (r < c.residual)
+            best, residual = tree.where(better, c.z, c.best), jnp.where(better, r, c.residual)
+        history = c.trace
+        if history is not None:
+            row = jnp.where(active, r, jnp.inf)
+            history = lax.dynamic_update_index_in_dim(history, row, c.k, axis=0)
         return _Loop(
             k=c.k + 1,
-            z=tree.where(done, c.z, z_next),
+            z=z_next,
             state=state,
-            best=tree.where(better, c.z, c.best),
+            best=best,
             done=done,
-            num_steps=c.num_steps + active,
-            residual=jnp.where(better, r, c.residual),
-            trace=c.trace.at[c.k].set(jnp.where(active, r, jnp.inf)),
+            num_steps=c.num_steps + active.astype(jnp.int32),
+            residual=residual,
+            reference=reference,
+            trace=history,
         )
 
-    start = _Loop(
-        k=jnp.int32(0),
-        z=z,
-        state=solver.init(z),
-        best=z,
-        done=jnp.zeros_like(column, dtype=bool),
-        num_steps=jnp.zeros_like(column, dtype=jnp.int32),
-        residual=column + jnp.inf,
-        trace=jnp.broadcast_to(column + jnp.inf, (solver.max_steps, column.shape[0])),
+    def loop(z0: PyTree, state: Any) -> tuple[PyTree, SolveStats]:
+        last = _Loop(
+            k=jnp.int32(0),
+            z=z0,
+            state=state,
+            best=z0 if keep == "best" else None,
+            done=column > 0,
+            num_steps=column.astype(jnp.int32),
+            residual=column + jnp.inf,
+            reference=column.astype(tree.widest(z0)),
+            trace=jnp.broadcast_to(column + jnp.inf, (solver.max_steps, column.shape[0]))
+            if trace
+            else None,
+        )
+        if not (isinstance(budget, int) and budget == 0):  # else there is nothing to compile
+            last = lax.while_loop(lambda c: (c.k < budget) & ~jnp.all(c.done), body, last)
+        stats = SolveStats(
+            num_steps=last.num_steps,
+            residual=last.residual,
+            converged=last.residual <= solver.tol,
+            trace=last.trace,
+        )
+        return last.z if last.best is None else last.best, stats
+
+    if not history.is_large(solver.init(z0)):
+        return loop(z0, solver.init(z0))
+    return lax.platform_dependent(
+        z0,
+        cpu=lambda z: loop(z, history.split(solver.init(z))),
+        default=lambda z: loop(z, solver.init(z)),
     )
-    if isinstance(budget, int) and budget == 0:
-        last = start  # nothing to compile
-    else:
-        last = lax.while_loop(lambda c: (c.k < budget) & ~jnp.all(c.done), body, start)
-    stats = SolveStats(
-        num_steps=last.num_steps,
-        residual=last.residual,
-        converged=last.residual <= solver.tol,
-        trace=last.trace,
-    )
-    return Solution(value=unravel(last.best), stats=stats)

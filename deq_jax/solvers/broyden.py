@@ -7,51 +7,70 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from deq_jax import tree
 from deq_jax.solvers import history
-from deq_jax.solvers.base import StopMode, check_count, check_settings
-from deq_jax.tree import stat_dtype
+from deq_jax.solvers.base import StopMode, check_settings
+from deq_jax.tree import PyTree
 
 # Least modulus of the update's denominator 1 + s^T H g / norm(s)^2.
 _GUARD = 1e-3
 
 
 class BroydenState(NamedTuple):
-    """State of one solve: a ring buffer of steps and their Gram matrix.
+    """State of one solve.
 
     Attributes:
       k: int32 scalar, steps taken.
       steps: history of s_j = z_{j+1} - z_j.
-      gram: ``[B, m, m]``, inner products of the steps, float32 or wider, indexed by slot.
+      inverse: ``[B, m, m]``, the matrix T of `Broyden`, by slot, float32 or wider.
+      scale: ``[B, m]``, 1 / norm(s_j)^2 by slot, 0 where there is no step.
     """
 
     k: jax.Array
     steps: history.History
-    gram: jax.Array
+    inverse: jax.Array
+    scale: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Broyden:
     """Broyden's good method for f(z) - z = 0, started from the inverse Jacobian -I.
 
-    With full steps s_j = -H_j g(z_j), g(z) = f(z) - z, the good update reads
-    H_{j+1} = (I + s_{j+1} s_j^T / norm(s_j)^2) H_j, so H_k g is a combination of g and the steps,
-    whose coefficients follow from the inner products of g with the steps and the steps' Gram matrix
-    through a triangular system.  Only the steps are stored: half the memory of the usual pair of
-    low-rank factors.
+    With steps s_j = -damping H_j g(z_j), g(z) = f(z) - z, the good update reads
+
+        H_{j+1} = (I + (s_{j+1} - (1 - damping) s_j) s_j^T / norm(s_j)^2) H_j.
+
+    So H_k g is a combination of g and the steps, and only the steps are stored: half the memory of
+    the usual pair of low-rank factors.  With v_0 = -g and c_j = s_j^T v_j / norm(s_j)^2,
+
+        v_{j+1} = v_j + c_j (s_{j+1} - (1 - damping) s_j),
+
+    the last v is H_k g.  The c_j solve (I - L) c = -p, with p_j = s_j^T g / norm(s_j)^2 and
+    L_ji = s_j^T (s_{i+1} - (1 - damping) s_i) / norm(s_j)^2 for i < j.  A new step adds the row
+    e + l T to T = (I - L)^-1; forgetting the oldest one sets its row and column to zero.  T is kept
+    in the order of the slots, so that nothing is sorted.
 
     Args:
       tol: residual at which a sample has converged.
       max_steps: largest number of evaluations of f.
-      stop: ``"rel"``, norm(f(z) - z) / norm(f(z)), or ``"abs"``, norm(f(z) - z).
-      memory: steps kept; the oldest factor of H is dropped beyond that.
+      stop: ``"rel"`` or ``"abs"``, see `SolveStats`.
+      memory: steps kept; no more than ``max_steps`` are stored.
+      damping: step length in (0, 1]; 1 is the full quasi-Newton step.
+      restart: what happens when the memory is full: forget all steps and start again from -I if
+        True, forget the oldest one if False.
 
     Returns:
       A solver for `solve` and `fixed_point`.
 
     Raises:
       ValueError: for a setting out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, deq_jax as deq
+      >>> sol = deq.solve(deq.Broyden(tol=1e-6), jnp.cos, jnp.ones((1, 1)))
+      >>> round(float(sol.value[0, 0]), 4)
+      0.7391
 
     Reference:
       Broyden, A class of methods for solving nonlinear simultaneous equations, Math. Comp. 19
@@ -63,83 +82,71 @@ class Broyden:
     max_steps: int = 30
     stop: StopMode = "rel"
     memory: int = 20
+    damping: float = 1.0
+    restart: bool = False
 
     def __post_init__(self) -> None:
-        check_settings(self)
-        check_count("Broyden", "memory", self.memory)
+        check_settings(self, counts=("memory",), fractions=("damping",))
 
-    def init(self, z: jax.Array) -> BroydenState:
-        """Returns an empty memory for states like ``z [B, D]``."""
-        m = self._rows
-        column = jnp.zeros_like(z[:, :1], dtype=stat_dtype(z.dtype))
+    def init(self, z: PyTree) -> BroydenState:
+        """Returns an empty memory for states like ``z``, a tree ``[B, ...]``."""
+        square = history.gram(z, self._rows)
         return BroydenState(
             k=jnp.int32(0),
-            steps=history.empty(z, m),
-            gram=jnp.broadcast_to(column[:, :, None], (z.shape[0], m, m)),
+            steps=history.empty(z, self._rows),
+            inverse=square,
+            scale=square[:, :, 0],
         )
 
     @property
     def _rows(self) -> int:
         return min(self.memory, self.max_steps)
 
-    def step(
-        self, z: jax.Array, fz: jax.Array, state: BroydenState
-    ) -> tuple[jax.Array, BroydenState]:
-        """Returns the next iterate ``[B, D]`` and the memory with the step to it taken in."""
-        m = self._rows
-        g = fz - z
-        filled = jnp.minimum(state.k, m)
-        # From the oldest step to the newest; slots not in use come last.
-        order = (jnp.where(state.k > m, state.k, 0) + jnp.arange(m)) % m
-        gram = state.gram[:, order][:, :, order]  # [B, m, m]
-        p = history.inner(state.steps, g, filled)[:, order]  # [B, m]
-        weights, last = _coefficients(gram, p, filled)
-        scale = 1 / _guarded(1 + last)  # [B]
-        in_slots = jnp.zeros_like(weights).at[:, order].set(weights)
-        mixed = history.combine(state.steps, in_slots, filled)
-        s = ((g - mixed) * scale[:, None].astype(z.dtype)).astype(z.dtype)
+    def step(self, z: PyTree, fz: PyTree, state: BroydenState) -> tuple[PyTree, BroydenState]:
+        """Returns the next iterate, a tree ``[B, ...]``, and the memory with its step taken in."""
+        m, lag = self._rows, 1 - self.damping
         slot = state.k % m
-        steps = history.write(state.steps, slot, s)
-        # The new row would also follow from p and gram by linearity, without this third pass, but
-        # rounding then builds up: in float32 and bfloat16 hard problems stalled or blew up.
-        row = history.inner(steps, s, jnp.minimum(state.k + 1, m))
-        here = jnp.arange(m) == slot
-        gram = jnp.where(here[None, :, None], row[:, None, :], state.gram)
-        gram = jnp.where(here[None, None, :], row[:, :, None], gram)
-        return z + s, BroydenState(state.k + 1, steps, gram)
+        slots = jnp.arange(m)
+        here = (slots == slot)[None]  # [1, m]
+        newest = (slots == (slot + m - 1) % m)[None]
+        inverse = state.inverse
+        if self.restart:
+            inverse = jnp.where(slot == 0, 0, inverse)
+
+        g = jax.tree.map(jnp.subtract, fz, z)
+        p = state.steps.inner(g, jnp.minimum(state.k, m)) * state.scale
+        c = -_apply(inverse, p)  # [B, m]
+        last = jnp.sum(jnp.where(newest, c, 0), axis=1)  # [B], of the step that led here
+        weights = jnp.roll(jnp.where(newest, 0, c), 1, axis=1)
+        if lag:
+            weights -= lag * c
+        length = self.damping / _guarded(1 + self.damping * last)  # [B]
+        mixed = state.steps.combine(weights, jnp.minimum(state.k, m))
+
+        def leaf(g: jax.Array, mixed: jax.Array) -> jax.Array:
+            wide = (g.astype(mixed.dtype) - mixed) * tree.spread(length, g).astype(mixed.dtype)
+            return wide.astype(g.dtype)
+
+        s = jax.tree.map(leaf, g, mixed)
+        steps = state.steps.write(slot, s)
+        # The row would also follow from p and T by linearity, without this third pass, but rounding
+        # then builds up: in float32 and bfloat16 hard problems stalled or blew up.
+        row = steps.inner(s, jnp.minimum(state.k + 1, m))  # [B, m]
+        length2 = jnp.sum(jnp.where(here, row, 0), axis=1, keepdims=True)  # [B, 1]
+        scale = 1 / jnp.maximum(length2, jnp.finfo(row.dtype).tiny)
+        outer = ~here[:, :, None] & ~here[:, None, :]
+        kept = jnp.where(outer, inverse, 0)
+        l = jnp.roll(row, -1, axis=1) - lag * row if lag else jnp.roll(row, -1, axis=1)  # noqa: E741
+        added = jnp.where(here, 1, _apply(kept.swapaxes(1, 2), l * scale))
+        inverse = jnp.where(here[:, :, None], added[:, None, :], kept)
+        scale = jnp.where(here, scale, state.scale)
+        z_next = jax.tree.map(jnp.add, z, s)
+        return z_next, BroydenState(state.k + 1, steps, inverse, scale)
 
 
-def _coefficients(gram: jax.Array, p: jax.Array, filled: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights of the steps in -H g, and the inner product that scales the next step.
-
-    With v_0 = -g and v_{j+1} = v_j + c_j s_{j+1}, c_j = s_j^T v_j / norm(s_j)^2, the last v is H g.
-    Taking inner products with s_j makes this the unit lower triangular system
-    c_j - sum_{i<j} (s_j^T s_{i+1} / norm(s_j)^2) c_i = -s_j^T g / norm(s_j)^2.
-
-    Args:
-      gram: ``[B, m, m]`` inner products of the steps, oldest first.
-      p: ``[B, m]`` inner products of the steps with g.
-      filled: integer scalar n, number of steps in use.
-
-    Returns:
-      The weight of every step in sum_i c_i s_{i+1}, ``[B, m]``, and c_{n-1} ``[B]`` (0 for n = 0).
-    """
-    m = gram.shape[-1]
-    rows = jnp.arange(m)
-    used = (rows < filled)[None]
-    diagonal = jnp.diagonal(gram, axis1=1, axis2=2)
-    tiny = jnp.finfo(gram.dtype).tiny
-    inverse = jnp.where(used, 1 / jnp.maximum(diagonal, tiny), 0)  # [B, m]
-    next_step = jnp.pad(gram[:, :, 1:], ((0, 0), (0, 0), (0, 1)))
-    lower = jnp.tril(next_step, -1) * inverse[:, :, None]
-    system = jnp.eye(m, dtype=gram.dtype)[None] - lower
-    c = lax.linalg.triangular_solve(
-        system, -(p * inverse)[:, :, None], left_side=True, lower=True, unit_diagonal=True
-    )[:, :, 0]
-    newest = (rows == filled - 1)[None]
-    last = jnp.sum(jnp.where(newest, c, 0), axis=1)
-    weights = jnp.pad(jnp.where(used & ~newest, c, 0)[:, :-1], ((0, 0), (1, 0)))
-    return weights, last
+def _apply(matrix: jax.Array, v: jax.Array) -> jax.Array:
+    """Multiplies ``[B, m, m]`` by ``[B, m]``; an elementwise sum, which fuses with its neighbours."""
+    return jnp.sum(matrix * v[:, None, :], axis=2)
 
 
 def _guarded(x: jax.Array) -> jax.Array:

@@ -1,0 +1,128 @@
+"""A function as JAX sees it: traced once, with the arrays that it closes over as an operand."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+
+from deq_jax.tree import PyTree
+
+# Programs that calls outside jit keep; a program holds some hundred memory mappings.
+_PROGRAMS = 128
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Traced:
+    """f(*operands) as ``traced(consts, *operands)``.
+
+    Attributes:
+      source: the Python function; dropped by those who keep the program.
+      jaxpr: its program; None under `jax.disable_jit`, where ``source`` is called.
+      in_tree: structure of the operands.
+      out: the result, with types (shape, dtype, sharding) in place of arrays.
+    """
+
+    source: Callable[..., PyTree] | None
+    jaxpr: Jaxpr | None
+    in_tree: Any
+    out: PyTree
+
+    def __call__(self, consts: tuple[jax.Array, ...], *operands: PyTree) -> PyTree:
+        """Evaluates the program."""
+        if self.jaxpr is None:
+            assert self.source is not None
+            return self.source(*operands)
+        leaves, in_tree = jax.tree.flatten(operands)
+        assert in_tree == self.in_tree, f"{in_tree} is not {self.in_tree}"
+        out = jaxpr_as_fun(ClosedJaxpr(self.jaxpr, list(consts)))(*leaves)
+        return jax.tree.unflatten(jax.tree.structure(self.out), out)
+
+
+def trace(f: Callable[..., PyTree], *operands: PyTree) -> tuple[Traced, tuple[jax.Array, ...]]:
+    """Traces a function once.
+
+    Args:
+      f: any function of trees of arrays.
+      *operands: its arguments.
+
+    Returns:
+      The program, and the arrays and tracers that f closes over.
+    """
+    in_tree = jax.tree.structure(operands)
+    if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
+        return Traced(f, None, in_tree, jax.tree.map(jax.typeof, f(*operands))), ()
+    closed, out = jax.make_jaxpr(f, return_shape=True)(*operands)
+    out = jax.tree.unflatten(jax.tree.structure(out), closed.out_avals)
+    return Traced(f, closed.jaxpr, in_tree, out), tuple(closed.consts)
+
+
+def call(f: Callable[..., PyTree], traced: Traced, static: tuple, *operands: PyTree) -> PyTree:
+    """Returns ``f(traced, *static, *operands)``; outside jit by a compiled program that is kept.
+
+    Args:
+      f: a function of this library.
+      traced: the program that it runs.
+      static: its other hashable arguments.
+      *operands: trees of arrays.
+
+    Returns:
+      The result of f.
+    """
+    leaves = jax.tree.leaves(operands)
+    if traced.jaxpr is None or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return f(traced, *static, *operands)
+    try:
+        program = _program(f, _Key.of(traced), static)
+    except TypeError:  # a solver of the user's that cannot be hashed
+        return f(traced, *static, *operands)
+    return program(*operands)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Key:
+    """What makes two traced functions the same program.
+
+    Functions made anew for every call, such as a lambda in a loop, share their code.  The arrays
+    that they close over are operands, and whatever else they close over has to be equal.
+    """
+
+    code: Any
+    held: tuple
+    text: str
+    in_tree: Any
+    traced: Traced = dataclasses.field(compare=False)
+
+    @classmethod
+    def of(cls, traced: Traced) -> _Key:
+        source: Any = traced.source
+        cells = [cell.cell_contents for cell in getattr(source, "__closure__", None) or ()]
+        held = (getattr(source, "__self__", None), *cells)
+        return cls(
+            code=getattr(source, "__code__", source),
+            held=tuple(thing for thing in held if _is_hashable(thing)),
+            text=re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr)),
+            in_tree=traced.in_tree,
+            traced=dataclasses.replace(traced, source=None),
+        )
+
+
+@functools.lru_cache(maxsize=_PROGRAMS)
+def _program(f: Callable[..., PyTree], key: _Key, static: tuple) -> Callable[..., PyTree]:
+    def program(*operands: PyTree) -> PyTree:
+        return f(key.traced, *static, *operands)
+
+    return jax.jit(program)
+
+
+def _is_hashable(thing: Any) -> bool:
+    try:
+        hash(thing)
+    except TypeError:
+        return False
+    return True
