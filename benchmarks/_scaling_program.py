@@ -1,8 +1,11 @@
-"""Collectives of a compiled program: how large they are, and how often they run.
+"""What the text of a compiled program says: its collectives, and the kernels of its loops.
 
-Read from `compiled.as_text()` on CPUs, where collectives are synchronous (no -start and -done).
+Collectives are read from `compiled.as_text()` on CPUs, where they are synchronous (no -start and
+-done); kernels from a program that was compiled for a GPU, where each instruction outside a fusion
+is one launch.
 """
 
+import collections
 import dataclasses
 import math
 import re
@@ -21,6 +24,43 @@ _CALLS = {
     ),
     "": re.compile(r"\b(?:calls|to_apply)=%?([\w.\-]+)"),
 }
+
+
+# Instructions that launch nothing themselves, and those that only run other computations.
+_FREE = "parameter constant tuple get-tuple-element bitcast after-all add-dependency opt-barrier"
+_RUNS = "while conditional call async-start async-done async-update"
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([a-z][\w\-]*)\(")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """What one run of a computation launches on a GPU, with all that it calls.
+
+    Each branch of a conditional and one iteration of each inner loop are counted.
+
+    Attributes:
+        fusions: kernels that XLA wrote.
+        copies: of arrays.
+        calls: of libraries: convolutions, matrix products, triangular solves.
+        others: sorts, reductions and the like that stand alone.
+        conditionals: the host waits for the device at each.
+        loops: inner loops.
+        written: bytes of the largest array that each kernel writes whole; a kernel that updates a
+            slice in place does not count.
+    """
+
+    fusions: int
+    copies: int
+    calls: int
+    others: int
+    conditionals: int
+    loops: int
+    written: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """Number of launches."""
+        return self.fusions + self.copies + self.calls + self.others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +105,12 @@ def collectives(text: str) -> list[Collective]:
     Returns:
         One for each instruction and each call of the computation that it stands in.
     """
+    parts, entry = _computations(text)
+    return list(_walk(parts, entry, "once"))
+
+
+def _computations(text: str) -> tuple[dict[str, str], str]:
+    """Text of each computation by name, and the name of the first one to run."""
     parts, entry = {}, ""
     for part in re.split(r"\n(?=(?:ENTRY )?%?[\w.\-]+ \([^\n]*\{\n)", text):
         if head := _HEAD.match(part):
@@ -72,7 +118,7 @@ def collectives(text: str) -> list[Collective]:
             entry = head[2] if head[1] else entry
     if not entry:
         raise ValueError("got a text without ENTRY; wanted that of a compiled program")
-    return list(_walk(parts, entry, "once"))
+    return parts, entry
 
 
 def _walk(parts: dict[str, str], name: str, place: str) -> Iterator[Collective]:
@@ -132,3 +178,84 @@ def summary(found: Iterable[Collective], forward: int, backward: int) -> dict:
         "executed_bytes": sum(c.bytes * n for c, n in counts),
         "each": [[c.bytes, n, c.place in LOOPS] for c, n in counts],
     }
+
+
+def kernels(text: str) -> Kernels:
+    """All kernels of a program.
+
+    Args:
+        text: of a program compiled for a GPU.
+
+    Returns:
+        The counts; a loop counts as one iteration of its body and condition.
+    """
+    parts, entry = _computations(text)
+    return _count(parts, entry)
+
+
+def loops(text: str) -> list[tuple[Kernels, Kernels]]:
+    """Kernels of each loop that does not stand in another loop.
+
+    Args:
+        text: of a program compiled for a GPU.
+
+    Returns:
+        For each loop the kernels of its body and those of its condition, in the program's order.
+    """
+    parts, entry = _computations(text)
+    return [
+        (_count(parts, body), _count(parts, condition))
+        for condition, body in _outer_loops(parts, entry)
+    ]
+
+
+def _outer_loops(parts: dict[str, str], name: str) -> Iterator[tuple[str, str]]:
+    for _, kind, line in _instructions(parts[name]):
+        called = _called(line, parts)
+        if kind == "while":
+            (condition,), (body,) = (
+                [name for where, name in called if where == wanted]
+                for wanted in ("condition", "body")
+            )
+            yield condition, body
+        elif kind in _RUNS.split():
+            for _, inner in called:
+                yield from _outer_loops(parts, inner)
+
+
+def _instructions(part: str) -> Iterator[tuple[str, str, str]]:
+    for line in part.splitlines():
+        if found := _INSTRUCTION.match(line):
+            yield found[1], found[2], line
+
+
+def _called(line: str, parts: dict[str, str]) -> list[tuple[str, str]]:
+    return [
+        (where, name)
+        for where, pattern in _CALLS.items()
+        for group in pattern.findall(line)
+        for name in re.findall(r"[\w.\-]+", group)
+        if name in parts
+    ]
+
+
+def _count(parts: dict[str, str], name: str) -> Kernels:
+    counts: collections.Counter[str] = collections.Counter()
+    written: list[int] = []
+    kinds = {"fusion": "fusions", "copy": "copies", "copy-start": "copies"}
+    kinds |= {"custom-call": "calls", "convolution": "calls", "dot": "calls"}
+    queue = [name]
+    while queue:
+        for shape, kind, line in _instructions(parts[queue.pop()]):
+            called = [inner for _, inner in _called(line, parts)]
+            if kind in _RUNS.split():
+                counts["conditionals"] += kind == "conditional"
+                counts["loops"] += kind == "while"
+                queue += called
+            elif kind not in _FREE.split() and not kind.endswith("-done"):
+                counts[kinds.get(kind, "others")] += 1
+                texts = (line, *(parts[inner] for inner in called))
+                if not any("dynamic-update-slice(" in text for text in texts):
+                    written += [max(map(shape_bytes, re.findall(r"\w+\[[\d,]*\]", shape)))]
+    fields = [field.name for field in dataclasses.fields(Kernels)[:-1]]
+    return Kernels(**{field: counts[field] for field in fields}, written=tuple(sorted(written)))

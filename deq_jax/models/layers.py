@@ -45,11 +45,11 @@ def conv2d(x: jax.Array, kernel: jax.Array, *, strides: int | Pair = 1) -> jax.A
     XLA's "SAME"; for larger strides "SAME" would put the grid elsewhere, depending on the size,
     while this is what published weights were trained with.
 
-    The values are those of `jax.lax.conv_general_dilated`.  Both gradients are written as further
-    convolutions of the same layout, where autodiff would change the order of the dimensions: inside
-    a loop or a `lax.cond` on CPU, 5 times slower for ``x`` and 50 to 150 times for the kernel.
-    Reverse mode may be nested to any order; forward mode (`jax.jvp`) is not supported, as for every
-    `jax.custom_vjp`.
+    The values are those of `jax.lax.conv_general_dilated`.  On a CPU both gradients are further
+    convolutions of the same layout: autodiff changes the order of the dimensions, which inside a
+    loop or a `lax.cond` is 5 to 80 times slower for ``x`` and 50 to 150 times for the kernel.  On
+    other platforms the gradients are autodiff's.  Reverse mode may be nested to any order; forward
+    mode (`jax.jvp`) raises TypeError, as for every `jax.custom_vjp`.
 
     Args:
       x: images, float ``[B, H, W, C]``.
@@ -78,8 +78,7 @@ def conv2d(x: jax.Array, kernel: jax.Array, *, strides: int | Pair = 1) -> jax.A
     return _conv(x, kernel, _How(pair, pads, (1, 1), (1, 1)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv(x: jax.Array, kernel: jax.Array, how: _How) -> jax.Array:
+def _plain_conv(x: jax.Array, kernel: jax.Array, how: _How, layout: Any = _LAYOUT) -> jax.Array:
     """y[i] = sum_p dilated_x[i * stride + p * spread - before] kernel[p], along both axes."""
     return lax.conv_general_dilated(
         x,
@@ -88,18 +87,26 @@ def _conv(x: jax.Array, kernel: jax.Array, how: _How) -> jax.Array:
         how.pads,
         lhs_dilation=how.dilation,
         rhs_dilation=how.spread,
-        dimension_numbers=_LAYOUT,
+        dimension_numbers=layout,
     )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv(x: jax.Array, kernel: jax.Array, how: _How) -> jax.Array:
+    return _plain_conv(x, kernel, how)
+
+
 def _conv_fwd(x: jax.Array, kernel: jax.Array, how: _How) -> tuple[jax.Array, Any]:
-    # The flipped kernel is kept rather than made where it is used: in a backward solve that would
-    # be once a step.
+    # A CPU keeps the flipped kernel: in a backward solve it would be made once a step.
     return _conv(x, kernel, how), (x, kernel, kernel[::-1, ::-1].swapaxes(2, 3))
 
 
 def _conv_bwd(how: _How, saved: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both gradients are convolutions of the same family, so that this holds at every order."""
+    """Both gradients: on a CPU convolutions of the same family, so that this holds at every order.
+
+    Elsewhere they are what autodiff of `_plain_conv` makes, which XLA knows how to match with a
+    library's gradients.
+    """
     x, kernel, flipped = saved
     x_pads, kernel_pads = [], []
     for axis in (0, 1):
@@ -112,12 +119,30 @@ def _conv_bwd(how: _How, saved: Any, cotangent: jax.Array) -> tuple[jax.Array, j
     # To x: tap p carried position i * stride + p * spread - before to i; the flipped tap carries it
     # back.  Stride and dilation change places.
     to_x = _How(how.dilation, tuple(x_pads), how.strides, how.spread)
-    d_x: Any = _conv(cotangent, flipped, to_x)
     # To the kernel: the same sum read as a convolution over p whose taps are the positions i.
     # Stride and spread change places, channels and batch of x too.
     to_kernel = _How(how.spread, tuple(kernel_pads), how.dilation, how.strides)
-    d_kernel: Any = _conv(x.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3), to_kernel)
-    return d_x, d_kernel.transpose(1, 2, 0, 3)
+
+    def cpu_kernel(x: jax.Array, cotangent: jax.Array) -> jax.Array:
+        y: Any = _conv(x.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3), to_kernel)
+        return y.transpose(1, 2, 0, 3)
+
+    d_x = lax.platform_dependent(
+        cotangent,
+        kernel,
+        flipped,
+        cpu=lambda y, _, flipped: _conv(y, flipped, to_x),
+        default=lambda y, kernel, _: _plain_conv(
+            y, lax.rev(kernel, (0, 1)), to_x, ("NHWC", "HWOI", "NHWC")
+        ),
+    )
+    d_kernel = lax.platform_dependent(
+        x,
+        cotangent,
+        cpu=cpu_kernel,
+        default=lambda x, y: _plain_conv(x, y, to_kernel, ("CHWN", "IHWO", "HWNC")),
+    )
+    return d_x, d_kernel
 
 
 _conv.defvjp(_conv_fwd, _conv_bwd)
@@ -162,7 +187,7 @@ def group_norm(
         raise ValueError(
             f"got groups={groups} for {channels} channels; wanted a divisor of the channels"
         )
-    out: Any = _standardise(x.astype(jnp.promote_types(x.dtype, jnp.float32)), groups, eps)
+    out: Any = _standardise(x.astype(jnp.promote_types(x.dtype, jnp.float32)), groups, eps)[0]
     trailing = (1,) * (x.ndim - 1) + (channels,)  # explicit, for users who forbid rank promotion
     if scale is not None:
         out = out * scale.astype(out.dtype).reshape(trailing)
@@ -171,43 +196,69 @@ def group_norm(
     return out.astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _standardise(x: jax.Array, groups: int, eps: float) -> jax.Array:
-    """Mean 0 and variance 1 in every group.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _standardise(x: jax.Array, groups: int, eps: float) -> tuple[jax.Array, jax.Array]:
+    """Mean 0 and variance 1 in every group, and 1 / sqrt(var + eps), [B, 1, ..., C].
 
-    Autodiff would read the cotangent once more, for a mean that is zero, and keep more arrays.
+    The second output is there for the derivative.
     """
-    return _standardise_fwd(x, groups, eps)[0]
+    moments = lax.platform_dependent(x, cpu=_two_passes, default=_one_pass)
+    by_group = (x.shape[0], groups, x.shape[-1] // groups)
+    means, variances = (moment.reshape(by_group) for moment in moments)
+    # Less the first channel's mean: a large common one costs no digits.
+    apart = means - means[:, :, :1]
+    step = jnp.mean(apart, 2, keepdims=True)  # [B, G, 1]
+    var = jnp.mean(variances + jnp.square(apart), 2, keepdims=True) - jnp.square(step)
+    rate = _spread(lax.rsqrt(jnp.maximum(var, 0) + eps), x)
+    return (x - _spread(means[:, :, :1] + step, x)) * rate, rate
 
 
-def _standardise_fwd(x: jax.Array, groups: int, eps: float) -> tuple[jax.Array, Any]:
-    centred = x - _group_mean(x, groups)
-    rate = lax.rsqrt(_group_mean(jnp.square(centred), groups) + eps)
-    y = centred * rate
-    return y, (y, rate)
+@_standardise.defjvp
+def _standardise_jvp(groups: int, eps: float, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """Autodiff would read the cotangent once more, for a mean that is zero, and keep more arrays."""
+    y, rate = _standardise(*primals, groups, eps)
+    dx = rate * tangents[0]
+    along = _group_mean(y * dx, groups)
+    return (y, rate), (dx - _group_mean(dx, groups) - y * along, -rate * along)
 
 
-def _standardise_bwd(groups: int, eps: float, saved: Any, cotangent: jax.Array) -> tuple[jax.Array]:
-    del eps
-    y, rate = saved
-    along = y * _group_mean(cotangent * y, groups)
-    return (rate * (cotangent - _group_mean(cotangent, groups) - along),)
+def _two_passes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance over positions, [B, C]."""
+    spatial = tuple(range(1, x.ndim - 1))
+    positions = math.prod(x.shape[1:-1])
+    mean = jnp.sum(x, spatial, keepdims=True) / positions
+    var = jnp.sum(jnp.square(x - mean), spatial) / positions
+    return mean.reshape(var.shape), var
 
 
-_standardise.defvjp(_standardise_fwd, _standardise_bwd)
+def _one_pass(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same by sums of x and its square less one pixel.
+
+    Half of the reading, and one kernel on a GPU.  The pixel is as far from the mean as any: on
+    average one standard deviation, so that the difference of the sums costs one bit.
+    """
+    spatial = tuple(range(1, x.ndim - 1))
+    positions = math.prod(x.shape[1:-1])
+    pixel = x[(slice(None), *(slice(n // 2, n // 2 + 1) for n in x.shape[1:-1]))]
+    mean = jnp.sum(x - pixel, spatial) / positions
+    var = jnp.sum(jnp.square(x - pixel), spatial) / positions - jnp.square(mean)
+    return pixel.reshape(mean.shape) + mean, var
 
 
 def _group_mean(x: jax.Array, groups: int) -> jax.Array:
     """Mean over positions and the channels of a group, [B, 1, ..., C]."""
-    channels = x.shape[-1]
-    spatial = tuple(range(1, x.ndim - 1))
-    size = math.prod(x.shape[1:]) // groups  # numbers in one group
     # Positions first, groups after: on CPU up to five times faster than one reduction over two axes
     # of [B, N, G, C/G].
-    per_channel = jnp.sum(x, axis=spatial)  # [B, C]
-    mean = jnp.sum(per_channel.reshape(-1, groups, channels // groups), axis=2) / size  # [B, G]
-    spread = jnp.repeat(mean, channels // groups, axis=1, total_repeat_length=channels)
-    return spread.reshape((x.shape[0], *(1 for _ in spatial), channels))
+    per_channel = jnp.sum(x, axis=tuple(range(1, x.ndim - 1)))  # [B, C]
+    sums = jnp.sum(per_channel.reshape(x.shape[0], groups, -1), axis=2, keepdims=True)
+    return _spread(sums * (groups / math.prod(x.shape[1:])), x)
+
+
+def _spread(by_group: jax.Array, x: jax.Array) -> jax.Array:
+    """From [B, G, 1] to [B, 1, ..., C]."""
+    batch, groups, _ = by_group.shape
+    wide = jnp.broadcast_to(by_group, (batch, groups, x.shape[-1] // groups))
+    return wide.reshape(batch, *(1 for _ in x.shape[1:-1]), x.shape[-1])
 
 
 class Conv(nn.Module):
