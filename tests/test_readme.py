@@ -52,7 +52,3 @@ def test_modules_named_in_commands_exist():
     for module in re.findall(r"python -m ((?:experiments|benchmarks)\.[\w.]+)", README):
         if "TASK" not in module:
             assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
-
-
-def test_no_placeholder_is_left():
-    assert re.findall(r"<<.*?>>", README) == []
