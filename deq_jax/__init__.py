@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from deq_jax import init, masks
+from deq_jax.check import check
+from deq_jax.diagnosis import Diagnosis, diagnose
 from deq_jax.implicit import (
     Adjoint,
     BackwardStats,
@@ -37,6 +39,7 @@ __all__ = [
     "Anderson",
     "BackwardStats",
     "Broyden",
+    "Diagnosis",
     "Equation",
     "Implicit",
     "Picard",
@@ -46,6 +49,8 @@ __all__ = [
     "Unroll",
     "WeightNorm",
     "backward_probe",
+    "check",
+    "diagnose",
     "fixed_point",
     "frobenius_penalty",
     "init",

@@ -16,14 +16,18 @@ LIBRARY = sorted((ROOT / "deq_jax").rglob("*.py"))
 SOURCES = LIBRARY + sorted((ROOT / "experiments").rglob("*.py"))
 SOURCES += sorted((ROOT / "benchmarks").rglob("*.py"))
 
-CORE = {"tree", "solvers", "implicit", "jacobian", "reparam", "masks", "init"}
+CORE = {"tree", "traced", "solvers", "implicit", "jacobian", "reparam", "masks", "init"}
 LAYERS = CORE | {"linen", "nnx"}
 # Part of the library -> (parts it may import, other packages it may import).
 TABLE = {
-    "": (LAYERS | {"testing", "diagnosis", "check"}, set()),
+    "": (
+        LAYERS | {"testing", "diagnosis", "check", "models", "data", "training", "convert"},
+        set(),
+    ),
     "tree": (set(), {"jax"}),
-    "solvers": ({"tree"}, {"jax"}),
-    "implicit": ({"solvers", "tree"}, {"jax"}),
+    "traced": ({"tree"}, {"jax"}),
+    "solvers": ({"traced", "tree"}, {"jax"}),
+    "implicit": ({"solvers", "traced", "tree"}, {"jax"}),
     "jacobian": ({"solvers", "tree"}, {"jax"}),
     "diagnosis": ({"implicit", "jacobian", "solvers", "tree"}, {"jax", "numpy"}),
     "check": ({"solvers"}, {"jax", "numpy"}),

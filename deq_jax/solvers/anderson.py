@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deq_jax import tree
 from deq_jax.solvers import history
 from deq_jax.solvers.base import StopMode, check_settings
 from deq_jax.tree import PyTree

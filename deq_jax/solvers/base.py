@@ -28,9 +28,9 @@ _GROWTH = 100.0
 class Solver(Protocol):
     """What `solve` needs of a root-finding method for z = f(z).
 
-    A solver is a value: hashable, without state of its own.  ``init`` returns the state of one solve
-    from its start ``z``; ``step`` turns an iterate ``z``, its image ``fz`` (both trees ``[B, ...]``)
-    and the state into the next iterate and state.  Samples must not mix.
+    A solver is a value: hashable, without state of its own.  ``init`` returns the state of one
+    solve from its start ``z``; ``step`` turns an iterate ``z``, its image ``fz`` (both trees
+    ``[B, ...]``) and the state into the next iterate and state.  Samples must not mix.
     """
 
     @property

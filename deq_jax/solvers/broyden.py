@@ -145,7 +145,7 @@ class Broyden:
 
 
 def _apply(matrix: jax.Array, v: jax.Array) -> jax.Array:
-    """Multiplies ``[B, m, m]`` by ``[B, m]``; an elementwise sum, which fuses with its neighbours."""
+    """Multiplies ``[B, m, m]`` by ``[B, m]``, elementwise: that fuses with its neighbours."""
     return jnp.sum(matrix * v[:, None, :], axis=2)
 
 
