@@ -18,12 +18,10 @@ SOURCES += sorted((ROOT / "benchmarks").rglob("*.py"))
 
 CORE = {"tree", "traced", "solvers", "implicit", "jacobian", "reparam", "masks", "init"}
 LAYERS = CORE | {"linen", "nnx"}
+PARTS = {"testing", "diagnosis", "check", "models", "data", "training", "convert"}
 # Part of the library -> (parts it may import, other packages it may import).
 TABLE = {
-    "": (
-        LAYERS | {"testing", "diagnosis", "check", "models", "data", "training", "convert"},
-        set(),
-    ),
+    "": (LAYERS | PARTS, set()),
     "tree": (set(), {"jax"}),
     "traced": ({"tree"}, {"jax"}),
     "solvers": ({"traced", "tree"}, {"jax"}),

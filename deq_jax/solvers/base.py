@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import export, lax
+from jax.core import Tracer
 
 from deq_jax import traced, tree
 from deq_jax.solvers import history
@@ -179,12 +180,12 @@ def check_settings(solver: Any, counts: Sequence[str] = (), fractions: Sequence[
       ValueError: naming the setting, what was given and what would do.
     """
     name = type(solver).__name__
-    if isinstance(solver.tol, jax.core.Tracer):
+    if isinstance(solver.tol, Tracer):
         raise ValueError(
             f"{name}: got a traced tol; wanted a number, for a solver is static; build the solver "
             "outside jit, and one for each tolerance"
         )
-    if not (isinstance(solver.tol, numbers.Real) and 0 < solver.tol < math.inf):
+    if not (isinstance(solver.tol, numbers.Real) and 0 < float(solver.tol) < math.inf):
         raise ValueError(
             f"{name}: got tol={solver.tol!r}; wanted a positive finite number; to run a fixed "
             "number of steps use a tiny tol such as 1e-30"
@@ -237,7 +238,7 @@ def check_fraction(name: str, setting: str, value: Any) -> float:
     Raises:
       ValueError: if ``value`` lies outside (0, 1].
     """
-    if not (isinstance(value, numbers.Real) and 0 < value <= 1):
+    if not (isinstance(value, numbers.Real) and 0 < float(value) <= 1):
         raise ValueError(f"{name}: got {setting}={value!r}; wanted a number in (0, 1]")
     return float(value)
 
@@ -273,7 +274,7 @@ def split_budget(
         raise ValueError(
             f"got max_steps of type {tree.describe(max_steps)}; wanted an int or an integer scalar"
         )
-    if not isinstance(max_steps, jax.core.Tracer):
+    if not isinstance(max_steps, Tracer):
         split_budget(solver, int(max_steps))  # raises for a number that is known to be wrong
     return None, jnp.minimum(max_steps, solver.max_steps)
 
