@@ -336,6 +336,28 @@ def check_image(z: PyTree, image: PyTree) -> PyTree:
     return tree.match(z, image)
 
 
+def trace_map(
+    trace: Callable[[PyTree], tuple[Traced, tuple[jax.Array, ...]]], z0: PyTree
+) -> tuple[Traced, tuple[jax.Array, ...], PyTree]:
+    """Traces f at a start that has the type of its image.
+
+    Args:
+      trace: traces f at a state.
+      z0: the start, tree of arrays ``[B, ...]``.
+
+    Returns:
+      The program of f, what f closes over, and z0, sharded and varying over mesh axes as f(z0).
+
+    Raises:
+      ValueError: if f changes tree structure, shapes or dtypes.
+    """
+    program, consts = trace(z0)
+    start = check_image(z0, program.out)
+    if any(map(operator.is_not, jax.tree.leaves(start), jax.tree.leaves(z0))):
+        program, consts = trace(start)
+    return program, consts, start
+
+
 def as_batched(z0: PyTree, batched: bool | None) -> PyTree:
     """Returns the start of a solve with a batch axis.
 
@@ -439,8 +461,7 @@ def solve(
     state = as_batched(z0, batched)
     if batched is False:
         f = Unbatched(f, 0)
-    program, consts = traced.trace(f, state)
-    state = check_image(state, program.out)
+    program, consts, state = trace_map(lambda z: traced.trace(f, z), state)
     static, budget = split_budget(solver, max_steps)
     out = traced.call(_solve, program, (solver, static, keep, trace), consts, state, budget)
     solution = Solution(*out)
