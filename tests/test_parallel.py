@@ -567,9 +567,8 @@ def test_no_collective_stands_in_a_loop_of_a_real_training_step(name, tmp_path):
 
         from experiments.language_modeling.task import LanguageTask
 
-        config = prose(tmp_path)
-        part = dataclasses.replace(config.train, batch_size=8)
-        config = dataclasses.replace(config, jac=JacConfig(gamma=0.5, prob=0.5), train=part)
+        config = prose(tmp_path, **{"train.batch_size": 8, "data.eval_batch_size": 8})
+        config = dataclasses.replace(config, jac=JacConfig(gamma=0.5, prob=0.5))
         task = LanguageTask(config, mesh, 40)
         words = np.zeros((8, 4), np.int32)
         ones = np.ones(8, np.float32)

@@ -149,7 +149,6 @@ def sharded_fixed_point(
     _check_axis(mesh, axis)
     whole: Any = PartitionSpec()
     split: Any = PartitionSpec(axis)
-    by_step: Any = PartitionSpec(None, axis)
 
     def fixed_point(
         f: Map,
@@ -170,13 +169,7 @@ def sharded_fixed_point(
                 "got batched=False; wanted a z0 with a batch axis, along which the solve is split: "
                 "call deq_jax.fixed_point for a single state"
             )
-        batch, devices = tree.batch_size(z0), mesh.shape[axis]
-        if batch % devices:
-            raise ValueError(
-                f"got a batch of {batch} for {devices} devices; wanted a multiple; change the "
-                "batch size, or pad the last batch and mask it"
-            )
-        is_split = split_leaves(x, batch, x_axes)
+        is_split = split_leaves(x, _check_batch(z0, mesh.shape[axis]), x_axes)
         traced = isinstance(max_steps, jax.Array)
         budget = [max_steps] if traced else []
 
@@ -200,9 +193,8 @@ def sharded_fixed_point(
 
         spec = jax.tree.map(lambda s: split if s else whole, is_split)
         in_specs = (whole, split, spec, split, *(whole for _ in budget))
-        stats = SolveStats(
-            num_steps=split, residual=split, converged=split, trace=by_step if trace else None
-        )
+        by_step: Any = PartitionSpec(None, axis) if trace else None
+        stats = SolveStats(num_steps=split, residual=split, converged=split, trace=by_step)
         mapped = _shard_map(local, mesh, axis, in_specs, Solution(value=split, stats=stats))
         return mapped(params, z0, x, probe, *budget)
 
@@ -332,6 +324,16 @@ def _check_axis(mesh: Mesh, axis: str) -> None:
             f"got axis={axis!r} for a mesh with the axes {mesh.axis_names}; wanted the one that "
             "splits the batch: pass axis="
         )
+
+
+def _check_batch(z0: PyTree, devices: int) -> int:
+    batch = tree.batch_size(z0)
+    if batch % devices:
+        raise ValueError(
+            f"got a batch of {batch} for {devices} devices; wanted a multiple; change the "
+            "batch size, or pad the last batch and mask it"
+        )
+    return batch
 
 
 def _shard_map(
