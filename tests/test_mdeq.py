@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 import deq_jax as deq
+from deq_jax.models import layers
 from deq_jax.models.heads import ClassificationHead, SegmentationHead
 from deq_jax.models.mdeq import MDEQ, Stem
 from deq_jax.models.mdeq_cell import WEIGHT_NORM, MDEQCell
@@ -218,3 +219,96 @@ def test_models_that_do_not_fit_are_refused():
     model = classifier().clone(downsample=3)
     with pytest.raises(ValueError, match="downsample must be 0, 1 or 2, got 3"):
         jax.eval_shape(lambda k: model.init(k, IMAGES, train=False), jax.random.key(0))
+
+
+@pytest.fixture(params=["cpu", "default"])
+def platform(request, monkeypatch):
+    """Takes the branches of a CPU, or those of all other platforms, on this one."""
+
+    def choose(*operands, **branches):
+        return branches[request.param](*operands)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+    return request.param
+
+
+@pytest.mark.parametrize(("size", "window", "strides"), [((7, 9), 3, 1), ((7, 8), 2, 3)])
+def test_convolutions_have_one_gradient_on_all_platforms(platform, x64, size, window, strides):
+    """The second derivatives, too: of a squared gradient, as in the Jacobian penalty."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, *size, 3), jnp.float64)
+    kernel = jax.random.normal(keys[1], (window, window, 3, 4), jnp.float64)
+    pads = [((window - 1) // 2, window // 2)] * 2
+
+    def plain(x, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (strides,) * 2, pads, dimension_numbers=layout
+        )
+
+    def derivatives(conv):
+        out, pull = jax.vjp(lambda *both: jnp.sin(conv(*both)), x, kernel)
+        probe = jax.random.normal(keys[2], out.shape, out.dtype)
+
+        def penalty(x, kernel):
+            return jnp.sum(jax.vjp(lambda x: jnp.sin(conv(x, kernel)), x)[1](probe)[0] ** 2)
+
+        return pull(probe), jax.grad(penalty, (0, 1))(x, kernel)
+
+    ours = derivatives(lambda x, kernel: layers.conv2d(x, kernel, strides=strides))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(derivatives(plain)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+HARD = {
+    "normal": lambda x: x,
+    "mean of 1000 deviations": lambda x: x + 1000,
+    "sparse": lambda x: jnp.maximum(x - 1.5, 0),
+    "channels apart": lambda x: 0.1 * x + 10 * x[:1, :1, :1],
+    "constant": lambda x: jnp.full_like(x, 3.3),
+    "an outlier in the middle": lambda x: x.at[:, 8, 8].add(10),
+}
+
+
+@pytest.mark.parametrize("case", HARD)
+def test_group_norm_keeps_its_digits_in_float32(platform, case):
+    x = HARD[case](jax.random.normal(jax.random.key(0), (3, 16, 16, 32)))
+    # Rounding of x itself, seen after the division by the deviation.
+    spread = float(jnp.std(x, (1, 2)).mean()) or 1.0
+    with jax.enable_x64(True):
+        wide = np.asarray(x, np.float64).reshape(3, 256, 4, 8)
+        wanted = wide - wide.mean((1, 3), keepdims=True)
+        wanted /= np.sqrt(wide.var((1, 3), keepdims=True) + 1e-5)
+    ours = layers.group_norm(x, 4)
+    assert ours.dtype == jnp.float32
+    limit = 1e-5 + 2e-7 * float(jnp.abs(x).max()) / spread
+    np.testing.assert_allclose(ours, wanted.reshape(x.shape), atol=limit, rtol=limit)
+
+
+def test_group_norm_in_both_modes_to_second_order(platform, x64):
+    """Forward mode against a quotient of differences, reverse mode against forward mode."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, u, v = (jax.random.normal(key, (2, 3, 3, 8), jnp.float64) for key in keys)
+
+    def f(x):
+        return jnp.sin(layers.group_norm(x, 2))
+
+    def along(x):
+        return jax.jvp(f, (x,), (u,))[1]
+
+    step = 1e-6
+    differences = (f(x + step * u) - f(x - step * u)) / (2 * step)
+    np.testing.assert_allclose(along(x), differences, rtol=1e-6, atol=1e-8)
+    assert jnp.isclose(jnp.vdot(v, along(x)), jnp.vdot(jax.vjp(f, x)[1](v)[0], u), rtol=1e-12)
+    second = (along(x + step * v) - along(x - step * v)) / (2 * step)
+    np.testing.assert_allclose(jax.jvp(along, (x,), (v,))[1], second, rtol=1e-6, atol=1e-7)
+    backward = jax.grad(lambda x: jnp.vdot(v, along(x)))(x)
+    assert jnp.isclose(jnp.vdot(v, second), jnp.vdot(backward, v), rtol=1e-6)
+
+
+def test_group_norm_spreads_its_means_without_a_gather():
+    def norm(x):
+        return layers.group_norm(x, 4)
+
+    text = jax.jit(jax.grad(lambda x: norm(x).sum())).lower(jnp.ones((2, 4, 4, 8))).as_text()
+    assert "reduce" in text and not any(word in text for word in ("gather", "scatter", "cumsum"))

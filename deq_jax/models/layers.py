@@ -207,19 +207,25 @@ def _standardise(x: jax.Array, groups: int, eps: float) -> tuple[jax.Array, jax.
     means, variances = (moment.reshape(by_group) for moment in moments)
     # Less the first channel's mean: a large common one costs no digits.
     apart = means - means[:, :, :1]
-    step = jnp.mean(apart, 2, keepdims=True)  # [B, G, 1]
-    var = jnp.mean(variances + jnp.square(apart), 2, keepdims=True) - jnp.square(step)
-    rate = _spread(lax.rsqrt(jnp.maximum(var, 0) + eps), x)
+    sums = _sum_both(apart, variances + jnp.square(apart), (2,))
+    step, square = (jnp.expand_dims(total, 2) / by_group[2] for total in sums)  # [B, G, 1]
+    rate = _spread(lax.rsqrt(jnp.maximum(square - jnp.square(step), 0) + eps), x)
     return (x - _spread(means[:, :, :1] + step, x)) * rate, rate
 
 
 @_standardise.defjvp
 def _standardise_jvp(groups: int, eps: float, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    """Autodiff would read the cotangent once more, for a mean that is zero, and keep more arrays."""
+    """Autodiff would read x once more, for a mean that is zero, and keep more arrays."""
     y, rate = _standardise(*primals, groups, eps)
     dx = rate * tangents[0]
     along = _group_mean(y * dx, groups)
     return (y, rate), (dx - _group_mean(dx, groups) - y * along, -rate * along)
+
+
+def _sum_both(a: jax.Array, b: jax.Array, axes: tuple[int, ...]) -> Any:
+    """Two sums in one operation, which stays one kernel on a GPU."""
+    zero = jnp.zeros((), a.dtype)
+    return lax.reduce((a, b), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), axes)
 
 
 def _two_passes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
