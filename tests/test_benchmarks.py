@@ -21,8 +21,11 @@ from deq_jax.training import parallel
 
 def test_plan_leaves_out_what_optimistix_does_not_have():
     cases = solvers.plan(solvers.parse([]))
-    assert {case.method for case in cases if case.library == "optimistix"} == {"picard"}
-    assert len(cases) == len(set(cases)) == 80
+    for library in ("optimistix", "deq_jax-last"):
+        assert {case.method for case in cases if case.library == library} == {"picard"}
+    problems, threads, directions = 3, 2, 2
+    rows = 3 * len(("deq_jax", "torchdeq", "jaxopt")) + 2
+    assert len(cases) == len(set(cases)) == problems * threads * directions * rows
 
 
 def test_a_case_is_measured_in_its_own_process():
