@@ -116,7 +116,7 @@ def compiled(function: Callable[..., Any], *operands: Any) -> tuple[str, float]:
     return program.as_text() or "", time.perf_counter() - start
 
 
-def small(name: str, shape: tuple[int, int]) -> tuple[Callable[..., Any], tuple[Any, Any]]:
+def small(name: str, shape: tuple[int, int]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A solve of z = tanh(p z + x).
 
     Args:
