@@ -72,7 +72,7 @@ def network(case: Case, mesh: Any) -> Any:
     return DEQTransformer(
         solver=deq.Anderson(tol=NEVER, max_steps=case.depth, memory=HISTORY),
         adjoint=deq.Implicit(backward),
-        fixed_point=sharded_fixed_point(mesh),
+        fixed_point=sharded_fixed_point(mesh, TransformerCell.x_axes),
         **common,
     )
 

@@ -8,7 +8,8 @@ compiled program over the whole batch.
 Where a library counts differently: torchdeq's and jaxopt's Broyden make one call more than their
 steps, and optimistix has neither Anderson nor Broyden, so that it appears with plain iteration
 forward and, because its rule takes a linear solver, GMRES with 20 basis vectors backward. jaxopt
-and optimistix treat the batch as one vector, torchdeq and deq_jax each sample by itself.
+and optimistix treat the batch as one vector, torchdeq and deq_jax each sample by itself.  deq_jax
+returns the best iterate, "deq_jax-last" the last one, as the peers do.
 """
 
 # The peers are installed by the extra [bench] only.
@@ -53,16 +54,20 @@ class Program:
     answer: Callable[[], list[np.ndarray]]
 
 
-SHAPES = {"dense": (32, 1024), "cheap": (16, 100_000)}
-FORMULAS = {"dense": "tanh(z W + x)", "cheap": "tanh(w z + x), elementwise"}
+SHAPES = {"dense": (32, 1024), "cheap": (16, 100_000), "single": (1, 1_000_000)}
+FORMULAS = {
+    "dense": "tanh(z W + x)",
+    "cheap": "tanh(w z + x), elementwise",
+    "single": "tanh(w z + x), elementwise",
+}
 
 
 def arrays(problem: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The weights, the injected input and a cotangent of a problem, float32.
 
     Args:
-        problem: "dense", f = tanh(z W + x) with W of spectral radius .9, or "cheap",
-            f = tanh(w z + x) with w in [-.9, .9].
+        problem: "dense", f = tanh(z W + x) with W of spectral radius 0.9; "cheap", or "single" for
+            a batch of one, f = tanh(w z + x) with w in [-0.9, 0.9].
 
     Returns:
         (weights [D, D] or [D], x [B, D], cotangent [B, D]).
@@ -94,7 +99,12 @@ def _jax(case: Case) -> Program:
     import jax.numpy as jnp
 
     weights, x, cotangent = (jnp.asarray(a) for a in arrays(case.problem))
-    makers = {"deq_jax": _deq_jax, "jaxopt": _jaxopt, "optimistix": _optimistix}
+    makers = {
+        "deq_jax": _deq_jax,
+        "deq_jax-last": _deq_jax,
+        "jaxopt": _jaxopt,
+        "optimistix": _optimistix,
+    }
     solve = makers[case.library](case, f_jax(case.problem))
     zeros = jnp.zeros_like(x)
 
@@ -133,7 +143,7 @@ def f_jax(problem: str) -> Callable:
     """The problem's f(weights, z, x) in JAX.
 
     Args:
-        problem: "dense" or "cheap".
+        problem: of `SHAPES`.
 
     Returns:
         f.
@@ -155,7 +165,8 @@ def _deq_jax(case: Case, f: Callable) -> Callable:
         ),
         "broyden": lambda: deq.Broyden(tol=NEVER, max_steps=case.steps, memory=case.broyden_memory),
     }[case.method]()
-    return lambda w, z, x: deq.fixed_point(f, w, z, x, solver=solver).value
+    keep = "last" if case.library.endswith("-last") else "best"
+    return lambda w, z, x: deq.fixed_point(f, w, z, x, solver=solver, keep=keep).value
 
 
 def _jaxopt(case: Case, f: Callable) -> Callable:

@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks._case import in_process
 from benchmarks._peers import FORMULAS, SHAPES, Case
 
-LIBRARIES = ("deq_jax", "torchdeq", "jaxopt", "optimistix")
+LIBRARIES = ("deq_jax", "deq_jax-last", "torchdeq", "jaxopt", "optimistix")
 METHODS = ("picard", "anderson", "broyden")
 DIRECTIONS = ("forward", "backward")
 COLUMNS = "library|method|forward ms|backward ms|f x|vjp x|forward MB|backward MB".split("|")
@@ -65,7 +65,7 @@ def plan(options: argparse.Namespace) -> list[Case]:
     return [
         Case(library, method, problem, direction, threads)
         for problem, threads, method, direction, library in order
-        if library != "optimistix" or method == "picard"
+        if library not in ("optimistix", "deq_jax-last") or method == "picard"
     ]
 
 
@@ -165,7 +165,8 @@ def plot(rows: list[dict], path: Path) -> None:
 def main() -> None:
     """Run everything and write the results."""
     options = parse()
-    wanted = {name: importlib.util.find_spec(name) is not None for name in options.libraries}
+    packages = {name.split("-")[0]: None for name in options.libraries}
+    wanted = {name: importlib.util.find_spec(name) is not None for name in packages}
     if absent := [name for name, found in wanted.items() if not found]:
         sys.exit(f"not installed: {', '.join(absent)}; pip install -e .[bench] or use --libraries")
     rows = []
@@ -174,7 +175,7 @@ def main() -> None:
         shown = rows[-1].get("error") or "{ms:.1f} ms, {peak_mb:.0f} MB".format(**rows[-1])
         label = f"{case.problem} {case.threads} {case.method} {case.direction} {case.library}"
         print(f"{label}: {shown}", file=sys.stderr, flush=True)
-    packages = (*options.libraries, "jax", *(["torch"] if "torchdeq" in options.libraries else []))
+    packages = (*packages, "jax", *(["torch"] if "torchdeq" in packages else []))
     report = {
         "machine": platform.processor() or platform.machine(),
         "versions": {name: importlib.metadata.version(name) for name in packages},

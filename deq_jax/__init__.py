@@ -1,10 +1,17 @@
 """Deep equilibrium models in JAX: solvers, implicit layer, Jacobian regularisation.
 
-The names listed here are the public interface.  Flax layers live in `deq_jax.linen` and
-`deq_jax.nnx`, tools for testing one's own solver or cell in `deq_jax.testing`.
+The names in ``__all__`` are the public interface of the core.  The other parts are imported on
+first use, so that ``import deq_jax`` needs no Flax: ``deq_jax.linen`` and ``deq_jax.nnx`` (the
+layers), ``deq_jax.models``, ``deq_jax.data``, ``deq_jax.training``, ``deq_jax.convert``, and
+``deq_jax.testing`` (tools for testing your own solver or cell).
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from deq_jax import init, masks
+from deq_jax.check import check
+from deq_jax.diagnosis import Diagnosis, diagnose
 from deq_jax.implicit import (
     Adjoint,
     BackwardStats,
@@ -32,6 +39,7 @@ __all__ = [
     "Anderson",
     "BackwardStats",
     "Broyden",
+    "Diagnosis",
     "Equation",
     "Implicit",
     "Picard",
@@ -41,6 +49,8 @@ __all__ = [
     "Unroll",
     "WeightNorm",
     "backward_probe",
+    "check",
+    "diagnose",
     "fixed_point",
     "frobenius_penalty",
     "init",
@@ -51,3 +61,20 @@ __all__ = [
     "spectral_radius",
     "weight_norm",
 ]
+
+__version__ = "0.1.0"
+
+_PARTS = ("convert", "data", "linen", "models", "nnx", "testing", "training")
+
+if TYPE_CHECKING:
+    from deq_jax import convert, data, linen, models, nnx, testing, training  # noqa: F401
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in _PARTS:
+            return importlib.import_module(f"deq_jax.{name}")
+        raise AttributeError(f"module 'deq_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PARTS})

@@ -21,10 +21,11 @@ from deq_jax.solvers.base import (
     as_batched,
     check_count,
     check_fraction,
-    check_image,
     check_solver,
     iterate,
+    serializable,
     split_budget,
+    trace_map,
     without_batch,
 )
 from deq_jax.traced import Traced
@@ -48,6 +49,9 @@ class BackwardStats:
     num_steps: jax.Array
     residual: jax.Array
     converged: jax.Array
+
+
+serializable(BackwardStats)
 
 
 def backward_probe(z0: PyTree, *, batched: bool | None = None) -> BackwardStats:
@@ -230,8 +234,7 @@ def _prepare(
     max_steps: int | jax.Array | None,
 ) -> tuple[Traced, tuple[jax.Array, ...], PyTree, int | None, jax.Array | None]:
     """Returns f as a program, what it closes over, z0, and the budget as a number or an array."""
-    program, consts = traced.trace(f, params, z0, x)
-    z0 = check_image(z0, program.out)
+    program, consts, z0 = trace_map(lambda z: traced.trace(f, params, z, x), z0)
     return program, consts, z0, *split_budget(solver, max_steps)
 
 

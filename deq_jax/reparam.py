@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from deq_jax.solvers.base import check_count
 from deq_jax.tree import PyTree
@@ -109,7 +110,7 @@ class WeightNorm:
             length, gone = _column_norms(v)
             # Exactly v where g is the length of v, so that merge(split(w)) = w to the last bit.
             ratio = g.astype(length.dtype) / jnp.where(gone, 1, length)
-            return (v * _as_row(ratio, v)).astype(v.dtype)
+            return (v.astype(ratio.dtype) * _as_row(ratio, v)).astype(v.dtype)
 
         return jax.tree_util.tree_map_with_path(node, params, is_leaf=_is_pair)
 
@@ -119,7 +120,7 @@ weight_norm = WeightNorm()
 
 def spectral_norm(
     params: PyTree,
-    bound: float = 1.0,
+    bound: float | jax.Array = 1.0,
     *,
     iters: int = 30,
     key: jax.Array | None = None,
@@ -158,16 +159,17 @@ def spectral_norm(
     Reference: Miyato et al., arXiv 1802.05957.
     """
     check_count("spectral_norm", "iters", iters)
-    if not bound > 0:
-        raise ValueError(f"spectral_norm: got bound={bound!r}; wanted a positive number")
+    if jnp.ndim(bound) or not (isinstance(bound, Tracer) or bound > 0):
+        raise ValueError(f"spectral_norm: got bound={bound!r}; wanted one positive number")
     start = jax.random.key(0) if key is None else key
 
     def leaf(path: Any, w: Any) -> Any:
         if not select(_name(path), w):
             return w
-        matrix = w.reshape(-1, w.shape[-1]).astype(jnp.promote_types(w.dtype, jnp.float32))
+        matrix = _widen(w.reshape(-1, w.shape[-1]))
         sigma = _operator_norm(matrix, start, iters)
-        return (w / jnp.maximum(1, sigma / bound)).astype(w.dtype)
+        ratio = jnp.maximum(1, sigma / jnp.asarray(bound, sigma.dtype))
+        return (w.astype(sigma.dtype) / ratio).astype(w.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, params)
 
@@ -183,14 +185,17 @@ def _is_pair(node: Any) -> bool:
     return len(v) >= 2 and g == v[-1:]
 
 
+def _widen(a: jax.Array) -> jax.Array:
+    return a.astype(jnp.float64 if a.dtype == jnp.float64 else jnp.float32)
+
+
 def _as_row(values: jax.Array, like: jax.Array) -> jax.Array:
     return values.reshape((1,) * (like.ndim - 1) + values.shape)
 
 
 def _column_norms(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the norm over all axes but the last, and where it is zero; ``[n_out]`` both."""
-    wide = w.astype(jnp.promote_types(w.dtype, jnp.float32))
-    squares = jnp.square(wide).sum(axis=tuple(range(w.ndim - 1)))
+    squares = jnp.square(_widen(w)).sum(axis=tuple(range(w.ndim - 1)))
     gone = squares == 0
     # sqrt has no derivative at zero.
     return jnp.where(gone, 0, jnp.sqrt(jnp.where(gone, 1, squares))), gone

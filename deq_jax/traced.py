@@ -9,7 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+from jax.core import Tracer
+from jax.extend.core import (
+    ClosedJaxpr,  # pyright: ignore[reportPrivateImportUsage]
+    Jaxpr,
+    jaxpr_as_fun,
+)
 
 from deq_jax.tree import PyTree
 
@@ -75,7 +80,7 @@ def call(f: Callable[..., PyTree], traced: Traced, static: tuple, *operands: PyT
       The result of f.
     """
     leaves = jax.tree.leaves(operands)
-    if traced.jaxpr is None or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if traced.jaxpr is None or any(isinstance(leaf, Tracer) for leaf in leaves):
         return f(traced, *static, *operands)
     try:
         program = _program(f, _Key.of(traced), static)

@@ -138,7 +138,7 @@ def batch_ravel(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]
 
 def stat_dtype(dtype: Any) -> Any:
     """Returns the dtype in which sums over a state are formed: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def widest(tree: PyTree) -> Any:
@@ -150,8 +150,8 @@ def widest(tree: PyTree) -> Any:
     Returns:
       float32, or float64 if a leaf is float64.
     """
-    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)]
-    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+    double = any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(tree))
+    return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
 def zeros_like(a: jax.Array, dtype: Any = None) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What `--diagnose` prints: `deq.testing.diagnose` of the equilibria of one training batch."""
+"""What `--diagnose` prints: `deq_jax.diagnosis.diagnose` of the equilibria of one batch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 
 import deq_jax as deq
 from deq_jax import tree
+from deq_jax.diagnosis import Diagnosis, diagnose
 from deq_jax.solvers import Solution
-from deq_jax.testing import Diagnosis, diagnose
 from deq_jax.training import Config, DataIterator, Task, UsageError, weights
 from deq_jax.training.checkpoint import saved_steps
-from deq_jax.training.parallel import batch_sharding, replicated
+from deq_jax.training.parallel import batch_sharding, replicated, split_leaves
 from deq_jax.training.placement import place
 from deq_jax.training.state import split_seed
 from deq_jax.training.task import CARRY, Carrying
@@ -35,6 +35,7 @@ def run(
     make_task: Callable[[ConfigT], Task],
     train_data: DataIterator,
     mesh: Mesh,
+    x_axes: Any = 0,
 ) -> str:
     """Diagnoses the models of a command; writes nothing.
 
@@ -45,6 +46,7 @@ def run(
       make_task: builds a task.
       train_data: endless batches.
       mesh: the devices.
+      x_axes: see `look`.
 
     Returns:
       A report, in Markdown.
@@ -65,7 +67,7 @@ def run(
         params, extra, source = load(part, task, mesh)
         train_data.set_state(start)
         solution = solve(part, task, params, extra, train_data, mesh)
-        reports.append(f"# {name}, {source}\n\n{report(part, solution)}")
+        reports.append(f"# {name}, {source}\n\n{report(part, solution, x_axes)}")
     return "\n".join(reports)
 
 
@@ -139,24 +141,23 @@ def solve(
     return solution
 
 
-def look(config: Config, solution: Solution) -> Diagnosis:
+def look(config: Config, solution: Solution, x_axes: Any = 0) -> Diagnosis:
     """Diagnoses an equation from z = 0, on one device.
 
     Args:
       config: solver, the evaluation's budget, eval.spectral_iters and train.seed are read.
       solution: of a batch.
+      x_axes: which operands of f hold one entry for each example, as for
+        `deq_jax.training.parallel.sharded_fixed_point`.
 
     Returns:
       The diagnosis of its first examples.
     """
     f, *operands = solution.at
-    batch = tree.batch_size(solution.value)
-
-    def first(leaf: jax.Array) -> jax.Array:  # the rule by which solves are split over devices
-        return leaf[:EXAMPLES] if leaf.shape[:1] == (batch,) else leaf
-
     params, z, x = jax.tree.map(jnp.asarray, jax.device_get(operands))
-    z, x = jax.tree.map(first, (z, x))
+    own_rows = split_leaves(x, tree.batch_size(z), x_axes)
+    x = jax.tree.map(lambda leaf, own: leaf[:EXAMPLES] if own else leaf, x, own_rows)
+    z = jax.tree.map(lambda leaf: leaf[:EXAMPLES], z)
     own, budget = config.solver, config.eval_steps
     common: Any = {"tol": own.tol, "max_steps": budget, "stop": own.stop}
     solvers = {kind.__name__: kind(**common) for kind in (deq.Picard, deq.Anderson, deq.Broyden)}
@@ -175,16 +176,17 @@ def look(config: Config, solution: Solution) -> Diagnosis:
     )
 
 
-def report(config: Config, solution: Solution) -> str:
+def report(config: Config, solution: Solution, x_axes: Any = 0) -> str:
     """The same in words.
 
     Args:
       config: see `look`.
       solution: of a batch.
+      x_axes: see `look`.
 
     Returns:
-      The report of `deq.testing.diagnose`.
+      The report of `deq_jax.diagnosis.diagnose`.
     """
-    found = look(config, solution)
+    found = look(config, solution, x_axes)
     examples = tree.batch_size(found.value)
     return f"{examples} examples of a training batch, from z = 0:\n\n{found}"

@@ -9,7 +9,6 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-import deq_jax as deq
 from deq_jax.models.mdeq import MDEQ
 from deq_jax.models.mdeq_cell import MDEQCell, check_cell
 from deq_jax.solvers import Solution
@@ -103,19 +102,6 @@ def build_mdeq(config: Config, trunk: TrunkConfig, head: nn.Module, mesh: Mesh) 
         momentum=trunk.momentum,
         fixed_point=make_fixed_point(config, mesh),
     )
-
-
-def unrolled(model: MDEQ, config: Config) -> MDEQ:
-    """The weight-tied network of the warm-up phase.
-
-    Args:
-      model: from `build_mdeq`.
-      config: train is read.
-
-    Returns:
-      The same model, with `config.train.warmup_layers` applications of f instead of a solve.
-    """
-    return model.clone(adjoint=deq.Unroll(config.train.warmup_layers))
 
 
 def init(model: nn.Module, key: jax.Array, sample: jax.Array) -> tuple[Any, Any]:

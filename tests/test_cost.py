@@ -1,5 +1,7 @@
 """What the compiled programs cost: compilations, copies, collectives, memory."""
 
+import collections
+import contextlib
 import dataclasses
 import re
 
@@ -194,3 +196,146 @@ def test_unrolling_does_grow_with_its_steps():
         return program.memory_analysis().temp_size_in_bytes
 
     assert memory(50) - memory(10) >= 40 * B * D * 4
+
+
+@pytest.mark.parametrize("solver", SOLVERS[1:], ids=lambda s: type(s).__name__)
+def test_the_history_of_one_sample_is_not_copied_in_the_loop(solver):
+    """S1: XLA removed the batch axis, and kept the history in both shapes."""
+    params, x = operands()
+    text = gradient(solver).lower(params, x[:1]).compile().as_text()
+    rows = solver.memory
+    loops = bodies(text)
+    assert any(re.search(rf"f32\[{rows},{D}\]", body) for body in loops)
+    for body in loops:
+        found = re.findall(rf"= f32\[(?:1,)?{rows},{D}\]\S* (copy|select|transpose)\(", body)
+        assert not found
+
+
+def compilations(call):
+    """How many programs a call compiles."""
+    with _counted() as count:
+        jax.block_until_ready(call())
+    return len(count)
+
+
+@contextlib.contextmanager
+def _counted():
+    events = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield events
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def make_map(weight):
+    return lambda p, z, x: jnp.tanh(z @ (p * weight) + x)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+def test_a_second_call_outside_jit_compiles_nothing(solver):
+    """B2, S2: each call compiled the loop anew, 0.5 s forward and 1 s with the gradient."""
+    p, x = 0.3 * jnp.eye(6), jnp.ones((4, 6))
+    solver = dataclasses.replace(solver, tol=1e-4)
+
+    def go(p, weight):
+        # The function is made anew by every call, as in a notebook's loop; it closes over an array.
+        f = make_map(weight)
+        z0 = jnp.zeros_like(x)
+        return deq.fixed_point(f, p, z0, x, solver=solver).value.sum()
+
+    weight = jnp.eye(6)
+    calls = {
+        "call": lambda scale: go(scale * p, scale * weight),
+        "gradient": lambda scale: jax.grad(go, argnums=(0, 1))(scale * p, scale * weight),
+        "solve": lambda scale: deq.solve(solver, lambda z: jnp.cos(scale * z), x).value,
+    }
+    for name, call in calls.items():
+        assert compilations(lambda call=call: call(jnp.float32(1))) > 0, "the count finds them"
+        call(jnp.float32(1.05))
+        assert compilations(lambda call=call: call(jnp.float32(1.1))) == 0, name
+    # The numbers are those of the new arrays, not of the ones that were there at compilation.
+    np.testing.assert_allclose(
+        calls["call"](jnp.float32(1.1)),
+        jax.jit(lambda: calls["call"](jnp.float32(1.1)))(),
+        rtol=1e-5,
+    )
+    np.testing.assert_allclose(
+        calls["gradient"](jnp.float32(1.1))[1],
+        jax.jit(lambda: calls["gradient"](jnp.float32(1.1)))()[1],
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_a_changed_global_or_closure_is_another_program():
+    x, solver = jnp.ones((2, 3)), deq.Picard(tol=1e-6, max_steps=60)
+
+    def value(rate):
+        f = lambda p, z, x: rate * z + x  # noqa: E731
+        return deq.fixed_point(f, None, 0 * x, x, solver=solver).value[0, 0]
+
+    np.testing.assert_allclose([value(0.5), value(0.25), value(0.5)], [2, 4 / 3, 2], rtol=1e-4)
+
+    class Model:
+        weight = jnp.float32(0.5)
+
+        def f(self, p, z, x):
+            return self.weight * z + x
+
+    model = Model()
+    first = deq.fixed_point(model.f, None, 0 * x, x, solver=solver).value[0, 0]
+    model.weight = jnp.float32(0.25)
+    second = deq.fixed_point(model.f, None, 0 * x, x, solver=solver).value[0, 0]
+    np.testing.assert_allclose([first, second], [2, 4 / 3], rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [deq.Anderson, deq.Broyden])
+def test_programs_for_accelerators_have_no_conditional_and_no_library_call(make):
+    """A CPU skips blocks of a large history that hold no row; elsewhere the host would wait."""
+    x = jax.ShapeDtypeStruct((16, 100_000), jnp.float32)
+    solver = make(memory=20, max_steps=20)
+
+    def solve(x):
+        return deq.solve(solver, lambda z: jnp.tanh(0.5 * z + x), jnp.zeros_like(x)).value
+
+    def operations(platform):
+        text = jax.export.export(jax.jit(solve), platforms=[platform])(x).mlir_module()
+        return collections.Counter(re.findall(r"stablehlo\.(\w+)", text))
+
+    costly = ("if", "custom_call", "scatter", "gather", "triangular_solve", "cholesky")
+    assert operations("cpu")["case"] > 2, "the search finds the conditionals that a CPU has"
+    for platform in ("cuda", "tpu"):
+        found = operations(platform)
+        assert found["case"] <= 2  # of a constant, outside the loop: the choice of the platform
+        assert not any(found[name] for name in costly)
+
+
+def test_the_program_of_anderson_does_not_grow_with_its_memory():
+    """S3: its elimination was unrolled, and took 7 s to compile at memory 50."""
+
+    def size(memory):
+        solver = deq.Anderson(memory=memory, max_steps=60)
+        go = jax.jit(lambda x: deq.solve(solver, jnp.cos, x).value)
+        return len(go.lower(jnp.ones((2, 3))).as_text().splitlines())
+
+    assert size(50) == size(20)
+    assert size(8) < 2.5 * size(20)  # small systems are unrolled, up to this one
+
+
+def test_a_large_history_under_vmap_and_without_a_trace():
+    """The split history of a CPU and the whole one of others, batched by vmap."""
+    solver = deq.Broyden(tol=1e-30, max_steps=8, memory=7)
+    x = jax.random.normal(jax.random.key(0), (2, 4, 200_000))
+
+    def solve(x):
+        f = lambda p, z, x: jnp.tanh(0.5 * z + x)  # noqa: E731
+        return deq.fixed_point(f, None, jnp.zeros_like(x), x, solver=solver, trace=False).value
+
+    both = jax.jit(jax.vmap(solve))(x)
+    np.testing.assert_allclose(both[1], solve(x[1]), rtol=1e-5, atol=1e-5)

@@ -12,9 +12,10 @@ import pytest
 import deq_jax as deq
 import deq_jax.linen
 from deq_jax import testing
+from deq_jax.diagnosis import diagnose
 from deq_jax.training import UsageError, fields, weights
 from deq_jax.training.parallel import make_mesh
-from experiments import diagnose
+from experiments import diagnose as command
 from experiments.image_classification import main as image_main
 from experiments.image_classification import presets as image_presets
 from experiments.image_classification import task as image_task
@@ -26,7 +27,7 @@ PLAIN = {"Picard": deq.Picard(max_steps=200)}
 
 
 def look(problem, **settings):
-    return testing.diagnose(problem.f, problem.params, problem.z0, problem.x, key=KEY, **settings)
+    return diagnose(problem.f, problem.params, problem.z0, problem.x, key=KEY, **settings)
 
 
 def affine_map(params, z, x):
@@ -39,7 +40,7 @@ def affine_map(params, z, x):
 def test_norms_are_those_of_the_matrix():
     w = deq.init.gaussian(0.6)(KEY, (12, 12))
     x = jax.random.normal(KEY, (3, 12))
-    found = testing.diagnose(affine_map, w, jnp.zeros_like(x), x, key=KEY)
+    found = diagnose(affine_map, w, jnp.zeros_like(x), x, key=KEY)
     matrix = np.asarray(w)
     np.testing.assert_allclose(found.operator_norm, np.linalg.norm(matrix, 2), rtol=1e-3)
     radius = np.abs(np.linalg.eigvals(matrix)).max()
@@ -71,7 +72,7 @@ def test_norm_of_every_sample_behind_a_custom_vjp_and_behind_a_solve():
     x = jnp.array([0.1, 0.5, 0.9])[:, None] * jnp.ones((1, 4))
     want = [np.linalg.norm(row[:, None] * np.asarray(w), 2) for row in np.asarray(x)]  # at z = 0
     for f, rtol in ((custom, 1e-4), (nested, 1e-2)):
-        found = testing.diagnose(f, w, jnp.zeros_like(x), x, key=KEY, solvers=PLAIN, iters=40)
+        found = diagnose(f, w, jnp.zeros_like(x), x, key=KEY, solvers=PLAIN, iters=40)
         np.testing.assert_allclose(found.operator_norm, want, rtol=rtol)
 
 
@@ -96,6 +97,18 @@ def test_traces_are_those_of_the_solvers():
     assert all(f"- {sentence}\n" in text for sentence in found.advice)
 
 
+def test_a_notebook_shows_tables():
+    text = look(testing.affine(), solvers=PLAIN, iters=10)._repr_markdown_()
+    solvers, jacobian, penalty, advice = text.split("\n\n")
+    for table in (solvers, jacobian):
+        header, rule, *rows = [line.split("|")[1:-1] for line in table.splitlines()]
+        assert all(re.fullmatch(" :?-+:? ", cell) for cell in rule)
+        assert rows and all(len(row) == len(header) == len(rule) for row in rows)
+    assert "alignment" in solvers and "spectral radius" in jacobian
+    assert penalty.startswith("penalty ")
+    assert all(line.startswith("- ") for line in advice.splitlines())
+
+
 # --- advice ----------------------------------------------------------------------------------
 
 
@@ -107,6 +120,9 @@ def constant(params, z, x):
     return 0 * z + x
 
 
+RUNAWAY = "not use the answers of .*Broyden.*no fixed point is near"
+
+
 @pytest.mark.parametrize(
     ("problem", "settings", "wanted"),
     [
@@ -114,15 +130,20 @@ def constant(params, z, x):
         (
             testing.affine(radius=0.95),
             {},
-            ["radius of 0.95 plain iteration needs about 135 steps", "Broyden solves what plain"],
+            ["needs about 135 steps to 0.001 at .* 0.95", "Broyden solves what plain"],
         ),
         (
             testing.affine(radius=1.3),
             {},
-            ["1.30: plain iteration diverges; lower .* by 1.3 or more, or train", "Broyden solves"],
+            ["diverges: .* 1.30. Lower .* a factor of 1.3 or more, or train", "Broyden solves"],
         ),
-        (testing.rotation(), {}, ["1.00: plain iteration does not settle", "Anderson .* 4 steps"]),
-        (testing.logistic(rate=3.3), {}, ["1.30: plain iteration diverges", "Anderson solves"]),
+        (testing.rotation(), {}, ["does not settle: .* 1.00", "Anderson .* 4 steps"]),
+        (
+            testing.logistic(rate=3.3),
+            {},
+            ["diverges: .* 1.30", "Anderson solves", "depends on the start: .* reaches another"],
+        ),
+        (testing.logistic(rate=2.8), {}, ["All is well", "depends on the start: .* another"]),
         (
             testing.nonnormal(),
             {},
@@ -131,19 +152,39 @@ def constant(params, z, x):
         (
             testing.no_fixed_point(),
             {},
-            ["No solver reaches .* may be no fixed point", "would-be .* is 2.00: .* diverges"],
+            ["No solver reaches .* may be no fixed point", "diverges: .* 2.00"],
+        ),
+        (
+            testing.growth(),
+            {},
+            ["No solver reaches .* may be no fixed point", "diverges"],
+        ),
+        (
+            testing.translation(),
+            {},
+            ["No solver reaches .* may be no fixed point", "does not settle: .* 1.00"],
+        ),
+        (
+            testing.prenorm(),
+            {},
+            ["No solver reaches .* may be no fixed point", "does not settle: .* 1.00"],
+        ),
+        (
+            testing.hyperbola(),
+            {},
+            [RUNAWAY, "No solver reaches .* may be no fixed point"],
         ),
         (
             testing.affine(radius=0.9),
             {"solvers": {"Picard": deq.Picard(tol=1e-6, max_steps=40)}},
-            ["No solver .* Picard .* and falling: about 1[23][0-9] would do"],
+            ["No solver .* Picard still falls: .*; about 1[23][0-9] steps would do"],
         ),
         (
             testing.affine(dtype=jnp.bfloat16),
             {"tol": 1e-4},
-            ["Picard.* stall.* at a residual of .*e-03 .*precise to .*e-03 only.*in float32"],
+            ["stalls at .*e-03 .Picard.*precise to .*e-03 only.*in float32"],
         ),
-        (testing.affine(), {"tol": 1e-9, "max_steps": 60}, ["Picard.* stall.*in float64"]),
+        (testing.affine(), {"tol": 1e-9, "max_steps": 60}, ["stalls.*Picard.*in float64"]),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -152,6 +193,102 @@ def test_advice_on_problems_with_known_answers(problem, settings, wanted):
     assert len(advice) == len(wanted), advice
     for sentence, pattern in zip(advice, wanted, strict=True):
         assert re.search(pattern, sentence), advice
+
+
+class Leap(deq.Picard):
+    """Goes so far away that any relative residual is small; `Broyden` did so once."""
+
+    def step(self, z, fz, state):
+        return jax.tree.map(lambda a: 50 * a, fz), state
+
+
+@pytest.mark.parametrize(
+    "problem", [testing.translation(), testing.prenorm()], ids=lambda p: p.name
+)
+def test_a_runaway_is_found_although_its_solver_reports_convergence(problem):
+    """The tolerance is so large that the bound on the size, 100 first norms, does not help."""
+    found = look(problem, solvers={"Picard": deq.Picard(), "Leap": Leap(tol=0.05)})
+    stats = deq.solve(
+        Leap(tol=0.05), lambda z: problem.f(problem.params, z, problem.x), problem.z0
+    ).stats
+    assert stats.converged.all()
+    assert found.runaway["Leap"].all() and not found.converged["Leap"].any()
+    assert not found.runaway["Picard"].any()
+    assert "answers of Leap" in found.advice[0] and "no fixed point is near" in found.advice[0]
+    assert not any("use it" in sentence or "would do" in sentence for sentence in found.advice)
+
+
+def test_a_large_true_solution_is_no_runaway():
+    """z = 0.99 z + x: the solution is 100 times as long as f(z0)."""
+    x = jax.random.normal(KEY, (4, 8))
+    f = lambda params, z, x: params * z + x  # noqa: E731
+    found = diagnose(f, 0.99, 0 * x, x, key=KEY, tol=1e-5)
+    np.testing.assert_allclose(found.value, 100 * x, rtol=2e-3)
+    assert found.converged["Anderson"].all() and not found.runaway["Anderson"].any()
+
+
+@pytest.mark.parametrize("batch", [2, 5, 8])
+def test_samples_that_depend_on_each_other_are_found(batch):
+    w = deq.init.orthogonal(0.5)(KEY, (6, 6))
+    x = jax.random.normal(KEY, (batch, 6))
+
+    def centred(w, z, x):  # statistics of the batch
+        return jnp.tanh((z - z.mean(axis=0, keepdims=True)) @ w + x)
+
+    def neighbour(w, z, x):  # one sample reads another
+        return jnp.tanh(z @ w + x).at[0].add(0.1 * z[-1])
+
+    settings = {"key": KEY, "solvers": PLAIN, "iters": 10}
+    found = diagnose(centred, w, 0 * x, x, **settings)
+    assert found.dependent.all() and found.advice[0].startswith("The samples depend on each other")
+    found = diagnose(neighbour, w, 0 * x, x, **settings)
+    assert found.dependent.tolist() == [True] + [False] * (batch - 1)
+    assert found.advice[0].startswith(f"1 of {batch} samples: The samples depend")
+    found = diagnose(lambda w, z, x: jnp.tanh(z @ w + x), w, 0 * x, x, **settings)
+    assert not found.dependent.any()
+
+
+def test_a_state_without_a_batch_axis():
+    """f(W, x, z) = tanh(W z + x) of one vector, and of a matrix that is taken for a batch."""
+    w = deq.init.orthogonal(0.9)(KEY, (16, 16))
+    x = jax.random.normal(KEY, (16,))
+
+    def f(w, z, x):
+        return jnp.tanh(w @ z + x)
+
+    with pytest.raises(ValueError, match=r"got a state float32\[16\].*pass batched=False"):
+        diagnose(f, w, 0 * x, x, key=KEY)
+    found = diagnose(f, w, 0 * x, x, key=KEY, batched=False)
+    assert found.converged["Anderson"].tolist() == [True]
+    assert found.advice[0].startswith("All is well")
+    grid = x[:, None] * jnp.ones((1, 3))
+    found = diagnose(f, w, 0 * grid, grid, key=KEY, solvers=PLAIN, iters=10)
+    assert found.dependent.all()
+    assert "pass batched=False" in found.advice[0]
+    numbers = jnp.linspace(0.1, 0.9, 4)
+    found = diagnose(lambda p, z, x: 0.5 * z + x, None, 0 * numbers, numbers, key=KEY, batched=True)
+    assert found.converged["Picard"].all() and not found.dependent.any()
+
+
+def test_alignment_is_the_cosine_between_fixed_points():
+    """z = a tanh(z) + x with a = 2 has one stable solution of each sign in every element."""
+    x = jnp.zeros((6, 40))
+    start = jnp.ones_like(x)
+    f = lambda params, z, x: 2 * jnp.tanh(z) + x  # noqa: E731
+    found = diagnose(f, None, start, x, key=KEY, solvers=PLAIN, iters=10)
+    root = 1.9150080481545375  # 2 tanh(root) = root
+    np.testing.assert_allclose(found.value, root, rtol=1e-2)
+    # Zero is a fixed point too, so the smallest cosine is that with zero.
+    np.testing.assert_array_equal(found.alignment["Picard"], 0)
+    assert "depends on the start: " in found.advice[-1] and "Picard reaches" in found.advice[-1]
+    found = diagnose(
+        f, None, 0.1 * x + 1e-3, x, key=KEY, solvers={"Picard": deq.Picard(max_steps=1)}
+    )
+    assert np.isnan(found.alignment["Picard"]).all()
+    assert re.search(r"\| Picard \|  *1 \|  *0% \|  *- \|", str(found))
+    unique = testing.affine(radius=0.5)
+    found = look(unique, solvers={"Picard": deq.Picard(tol=1e-5, max_steps=60)})
+    np.testing.assert_allclose(found.alignment["Picard"], 1, atol=1e-5)
 
 
 def test_steps_foretold_are_those_taken():
@@ -166,12 +303,12 @@ def test_advice_is_followed():
     """Orthogonal weights, or the factor named, make plain iteration converge."""
     x = jax.random.normal(KEY, (4, 32))
     w = deq.init.gaussian(1.2)(KEY, (32, 32))
-    found = testing.diagnose(affine_map, w, jnp.zeros_like(x), x, key=KEY, solvers=PLAIN)
-    (said,) = [s for s in found.advice if "plain iteration diverges" in s]
+    found = diagnose(affine_map, w, jnp.zeros_like(x), x, key=KEY, solvers=PLAIN)
+    (said,) = [s for s in found.advice if "Plain iteration diverges" in s]
     assert "start from orthogonal weights (deq.init.orthogonal)" in said
-    factor = float(said.split(" by ")[1].split()[0])
+    factor = float(said.split(" by a factor of ")[1].split()[0])
     for better in (w / (1.1 * factor), deq.init.orthogonal(0.9)(KEY, (32, 32))):
-        after = testing.diagnose(affine_map, better, jnp.zeros_like(x), x, key=KEY, solvers=PLAIN)
+        after = diagnose(affine_map, better, jnp.zeros_like(x), x, key=KEY, solvers=PLAIN)
         assert after.converged["Picard"].all()
         assert "All is well" in after.advice[0]
 
@@ -179,22 +316,23 @@ def test_advice_is_followed():
 def test_a_start_without_image_and_a_state_that_is_not_read():
     x = jnp.ones((4, 8))
     settings = {"key": KEY, "solvers": PLAIN}
-    found = testing.diagnose(overflow, jnp.ones(()), jnp.zeros_like(x), x, **settings)
+    found = diagnose(overflow, jnp.ones(()), jnp.zeros_like(x), x, **settings)
     assert found.advice == (
-        "f(z0) is not finite, where no solver can begin: look for an overflow in f, or start from "
+        "f(z0) is not finite, and no solver can start: look for an overflow in f, or choose "
         "another z0.",
     )
-    assert "nan" in str(found)
+    assert re.search(r"\| spectral radius \|  *- \|", str(found))
     spoiled = x.at[0].set(jnp.nan)
-    found = testing.diagnose(affine_map, jnp.eye(8) / 2, jnp.zeros_like(x), spoiled, **settings)
-    assert "not finite in 1 of 4 samples" in found.advice[0] and "in x." in found.advice[0]
+    found = diagnose(affine_map, jnp.eye(8) / 2, jnp.zeros_like(x), spoiled, **settings)
+    assert found.advice[0].startswith("1 of 4 samples: f(z0) is not finite")
+    assert found.advice[0].endswith("not finite in x.")
     assert "| Picard |            10 |    75% |" in str(found)
-    found = testing.diagnose(constant, None, jnp.zeros_like(x), x, **settings)
+    found = diagnose(constant, None, jnp.zeros_like(x), x, **settings)
     assert found.advice[0].startswith("f does not depend on z")
     assert found.steps["Picard"].max() == 2
 
 
-def test_bad_calls_are_refused_in_words():
+def test_bad_calls_raise():
     problem = testing.affine()
     with pytest.raises(ValueError, match="outside of jit"):
         jax.jit(lambda x: look(dataclasses.replace(problem, x=x)).penalty)(problem.x)
@@ -203,7 +341,7 @@ def test_bad_calls_are_refused_in_words():
     with pytest.raises(ValueError, match="got iters=0"):
         look(problem, iters=0)
     with pytest.raises(ValueError, match="f returned"):
-        testing.diagnose(lambda p, z, x: z[:1], None, problem.z0, None, key=KEY)
+        diagnose(lambda p, z, x: z[:1], None, problem.z0, None, key=KEY)
 
 
 def test_a_linen_cell_through_its_equation():
@@ -216,9 +354,7 @@ def test_a_linen_cell_through_its_equation():
     x = jax.random.normal(KEY, (4, 8))
     z0 = jnp.zeros_like(x)
     sol = layer.apply(layer.init(KEY, z0, x, train=False), z0, x, train=False)
-    found = testing.diagnose(
-        sol.equation.f, sol.equation.params, z0, sol.equation.x, key=KEY, max_steps=60
-    )
+    found = diagnose(sol.equation.f, sol.equation.params, z0, sol.equation.x, key=KEY, max_steps=60)
     assert "All is well" in found.advice[0]
     assert (found.operator_norm <= 0.8 * (1 + 1e-5)).all()
     assert (found.spectral_radius <= found.operator_norm * 1.01).all()
@@ -272,7 +408,7 @@ def test_toy_regression_is_diagnosed_before_and_after_training(tmp_path, capsys,
     again = dataclasses.replace(config, workdir=str(tmp_path / "new"), init_from=str(folder))
     mesh = toy_main.make_mesh()
     part = dataclasses.replace(config, workdir=str(folder))
-    found = [diagnose.load(c, toy_main.ToyTask(c, mesh), mesh) for c in (part, again)]
+    found = [command.load(c, toy_main.ToyTask(c, mesh), mesh) for c in (part, again)]
     assert found[1][2] == f"weights of {folder}" == found[0][2]
     jax.tree.map(np.testing.assert_array_equal, found[0][:2], found[1][:2])
     with pytest.raises(UsageError, match="no checkpoint in "):

@@ -115,6 +115,26 @@ def test_bfloat16_is_summed_in_float32():
     assert [g.dtype for g in jax.grad(loss, argnums=(0, 1))(hidden, table)] == [jnp.bfloat16] * 2
 
 
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("chunk", [8, 64])
+def test_hidden_and_table_may_have_different_dtypes(dtypes, chunk):
+    rng = np.random.default_rng(0)
+    hidden, table = (jnp.asarray(rng.normal(size=(20, 8)), dtype) for dtype in dtypes)
+    bias, labels = jnp.zeros(20, table.dtype), jnp.arange(20)
+
+    def gradients(*operands):
+        nll = lambda *operands: linear_nll(*operands, labels, chunk=chunk).sum()  # noqa: E731
+        return jax.jit(jax.value_and_grad(nll, argnums=(0, 1, 2)))(*operands)
+
+    value, grads = gradients(hidden, table, bias)
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), (hidden, table, bias))
+    wanted, exact = gradients(*wide)
+    assert float(value) == pytest.approx(float(wanted), rel=1e-5)
+    for got, near, operand in zip(grads, exact, (hidden, table, bias), strict=True):
+        assert got.dtype == operand.dtype
+        np.testing.assert_allclose(got.astype(jnp.float32), near, rtol=0.01, atol=0.01)
+
+
 def test_no_matrix_of_positions_by_tail_words(monkeypatch):
     """The memory of a step is that of chunks, with and without tails."""
     monkeypatch.setattr(embeddings, "CHUNK", 2**16)

@@ -145,7 +145,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, which, two_devices):
 def test_presets_are_valid_and_say_where_they_write(presets):
     for name, config in presets.items():
         assert config.workdir.startswith("runs/"), name
-        assert config.build_solver().max_steps >= max(config.eval_budgets)
+        assert config.build_eval_solver().max_steps >= max(config.eval_budgets)
 
 
 # Name -> parameters in millions and training steps, both from the published settings.

@@ -208,3 +208,16 @@ def test_a_main_program_speaks_plainly(tmp_path, args, code, out, err):
     assert (done.returncode, done.stdout) == (code, out)
     assert done.stderr.startswith(err)
     assert "Traceback" not in done.stderr
+
+
+def test_unknown_names_are_not_ignored():
+    for name, hint in (
+        ("solver.max_stepz", "; did you mean solver.max_steps"),
+        ("max_steps", "; did you mean .*solver.max_steps"),
+        ("solver", "; did you mean"),
+        ("model.zzzzzz", "$"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} is not a value of ExampleConfig{hint}"):
+            fields.replace(PRESETS["small"], {name: 7, "train.steps": 3})
+    changed = fields.replace(PRESETS["small"], {"solver.max_steps": 9, "model.width": 2})
+    assert (changed.solver.max_steps, changed.model.width) == (9, 2)

@@ -254,3 +254,133 @@ def test_at_without_an_equation_says_what_to_do():
     sol = deq.solve(deq.Picard(), jnp.cos, jnp.ones((1, 1)))
     with pytest.raises(ValueError, match="pass f, params, z and x yourself"):
         _ = sol.at
+
+
+def test_a_function_may_close_over_traced_values(x64):
+    """F4, L2: "a function transformed by JAX had a side effect"."""
+    keys = jax.random.split(jax.random.key(0))
+    w = deq.init.orthogonal(0.5)(keys[0], (4, 4), jnp.float64)
+    x = jax.random.normal(keys[1], (3, 4))
+
+    def closed(w, x):
+        f = lambda p, z, _: jnp.tanh(z @ w + x)  # noqa: E731
+        sol = deq.fixed_point(f, None, jnp.zeros_like(x), solver=TIGHT["anderson"])
+        return jnp.sum(sol.value**3)
+
+    def open_(w, x):
+        f = lambda w, z, x: jnp.tanh(z @ w + x)  # noqa: E731
+        sol = deq.fixed_point(f, w, jnp.zeros_like(x), x, solver=TIGHT["anderson"])
+        return jnp.sum(sol.value**3)
+
+    wanted = jax.grad(open_, argnums=(0, 1))(w, x)
+    for transform in (lambda g: g, jax.jit, jax.checkpoint):
+        ours = jax.grad(transform(closed), argnums=(0, 1))(w, x)
+        assert_trees_close(ours, wanted, rtol=1e-8, atol=1e-10)
+    per_example = jax.vmap(jax.grad(lambda w, x: closed(w, x[None])), in_axes=(None, 0))(w, x)
+    assert_trees_close(per_example.sum(axis=0), wanted[0], rtol=1e-8, atol=1e-10)
+    unrolled = jax.grad(
+        lambda w: jnp.sum(
+            deq.fixed_point(
+                lambda p, z, _: jnp.tanh(z @ w + x),
+                None,
+                jnp.zeros_like(x),
+                solver=TIGHT["anderson"],
+                adjoint=deq.Unroll(80),
+            ).value
+            ** 3
+        )
+    )(w)
+    assert_trees_close(unrolled, wanted[0], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-12, 1e-20, 1e-30, 1e12, 0.0])
+def test_the_gradient_is_proportional_to_the_loss(scale):
+    """W4, L3: an absolute floor made it the Jacobian-free gradient for a small loss."""
+    params, z0, x = operands()
+    backward = deq.Implicit(deq.Anderson(tol=1e-5, max_steps=60))
+    gradient = lambda s: jax.grad(lambda p: s * loss(p, x, z0, adjoint=backward))(params)  # noqa: E731
+    wanted, ours = gradient(1.0), gradient(scale)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
+        bound = scale * 1e-4 * np.abs(b).max()
+        np.testing.assert_allclose(np.asarray(a, np.float64), scale * np.asarray(b), atol=bound)
+
+
+def test_statistics_are_constants_and_the_residual_penalty_is_written_out(x64):
+    """W5: `loss + sol.stats.residual` trains nothing; SolveStats says what does."""
+    params, z0, x = operands(dtype=jnp.float64)
+    solver = deq.Picard(tol=1e-30, max_steps=3)
+
+    def of_statistics(params):
+        return deq.fixed_point(cell, params, z0, x, solver=solver).stats.residual.sum()
+
+    def written_out(params):
+        sol = deq.fixed_point(cell, params, z0, x, solver=solver)
+        gap = jax.tree.map(jnp.subtract, cell(params, sol.value, x), sol.value)
+        return sum(jnp.sum(a**2) for a in jax.tree.leaves(gap))
+
+    assert all((g == 0).all() for g in jax.tree.leaves(jax.grad(of_statistics)(params)))
+    assert any((g != 0).any() for g in jax.tree.leaves(jax.grad(written_out)(params)))
+
+
+def test_a_solution_found_elsewhere_gets_the_implicit_gradient(x64):
+    params, z0, x = operands(dtype=jnp.float64)
+    wanted = jax.grad(loss)(params, x, z0, solver=TIGHT["anderson"])
+
+    def elsewhere(params):
+        z = z0
+        for _ in range(100):
+            z = cell(params, z, x)
+        return loss(params, x, jax.lax.stop_gradient(z), solver=TIGHT["anderson"], max_steps=0)
+
+    assert_trees_close(jax.grad(elsewhere)(params), wanted, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "adjoint", [deq.Unroll, deq.Implicit, deq.Picard(), "implicit"], ids=lambda a: str(a)[:20]
+)
+def test_what_is_not_a_gradient_rule_is_named(adjoint):
+    params, z0, x = operands()
+    with pytest.raises(ValueError, match="got adjoint=.*wanted a gradient rule"):
+        loss(params, x, z0, adjoint=adjoint)
+
+
+@pytest.mark.parametrize("solver", [deq.Unroll(1), deq.Anderson, None], ids=str)
+def test_implicit_wants_a_solver(solver):
+    with pytest.raises(ValueError, match="the solver of Implicit"):
+        deq.Implicit(solver)
+
+
+def test_a_probe_of_another_batch_is_named():
+    params, z0, x = operands()
+    with pytest.raises(ValueError, match="of the same batch"):
+        loss(params, x, z0, probe=deq.backward_probe(jnp.zeros((9, 2))))
+
+
+def test_a_start_of_zeros_takes_the_type_of_its_image():
+    """In shard_map: zeros that are the same everywhere, an image that varies with the device."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jax.random.normal(jax.random.key(0), (8, 3))
+    part = jax.sharding.PartitionSpec("data")
+
+    def solve(x):
+        f = lambda p, z, x: jnp.tanh(0.5 * z + x)  # noqa: E731
+        return deq.fixed_point(f, None, jnp.zeros((2, 3)), x, solver=deq.Anderson()).value
+
+    split = jax.jit(jax.shard_map(solve, mesh=mesh, in_specs=part, out_specs=part))(x)
+    alone = jnp.concatenate([solve(rows) for rows in jnp.split(x, 4)])
+    np.testing.assert_allclose(split, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_solutions_can_be_exported_and_stored():
+    """F7: "unregistered type SolveStats"."""
+    pytest.importorskip("flatbuffers")
+    params, z0, x = operands()
+
+    def solve(params, x):
+        sol = deq.fixed_point(cell, params, z0, x, solver=deq.Anderson())
+        return sol, deq.backward_probe(z0)
+
+    stored = jax.export.export(jax.jit(solve))(params, x).serialize()
+    sol, probe = jax.export.deserialize(stored).call(params, x)
+    assert isinstance(sol, deq.Solution) and isinstance(probe, deq.BackwardStats)
+    assert_trees_close(sol.value, solve(params, x)[0].value, rtol=1e-5, atol=1e-6)

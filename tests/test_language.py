@@ -226,7 +226,7 @@ def test_streams_that_begin_anew_forget(tmp_path, small_text):
 def test_presets_are_valid_and_say_where_they_write():
     for name, config in PRESETS.items():
         assert config.workdir == f"runs/{name}"
-        assert config.build_solver().max_steps >= max(config.eval_budgets)
+        assert config.build_eval_solver().max_steps >= max(config.eval_budgets)
 
 
 # Name -> parameters in millions: 98 and 110 are the paper's.
@@ -317,6 +317,9 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path, small_text):
         prose(tmp_path, **{"model.heads": 3})
     with pytest.raises(UsageError, match="cutoffs must rise .* set model.cutoffs"):
         LanguageTask(prose(tmp_path, **{"model.cutoffs": (50,)}), None, 20)
+    for name in ("train.batch_size", "data.eval_batch_size"):
+        with pytest.raises(UsageError, match=rf"--{name}=15 for 2 devices; wanted a multiple"):
+            LanguageTask(prose(tmp_path, **{name: 15}), make_mesh(jax.devices()[:2]), 40)
     config = prose(tmp_path, **small_text)
     with pytest.raises(UsageError, match="wanted at least .* take fewer streams"):
         data.build_data(fields.replace(config, {"train.batch_size": 100}))

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,3 +58,26 @@ def test_refuses_axes_that_do_not_exist_and_integer_masks():
         masks.bernoulli(jax.random.key(0), (2, 3), 0.5, share_axes=(2,))
     with pytest.raises(ValueError, match="floating-point"):
         masks.bernoulli(jax.random.key(0), (2, 3), 0.5, dtype=jnp.int32)
+
+
+class Cell:
+    """What counts as a method of a cell."""
+
+    inject = "a default value"
+
+    def __init__(self):
+        self.other = jnp.tanh
+
+    def masks(self, key, z, x):
+        return None
+
+
+@dataclasses.dataclass
+class Fields:
+    masks: object = jnp.tanh
+
+
+def test_only_methods_of_the_class_count():
+    assert masks.has_method(Cell(), "masks")
+    assert not any(masks.has_method(Cell(), name) for name in ("inject", "other", "absent"))
+    assert not masks.has_method(Fields(), "masks")

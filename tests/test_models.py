@@ -1,6 +1,11 @@
 """Layers and models: values and gradients against plain operations, shapes, gradients."""
 
+import importlib
+import inspect
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -10,6 +15,7 @@ import pytest
 from jax import lax
 
 import deq_jax as deq
+from deq_jax import data, models
 from deq_jax.models import layers, mlp
 
 
@@ -217,3 +223,27 @@ def test_scalar_deq_predicts_its_equilibrium():
     variables = start(model, x)
     out, solution = jax.jit(lambda v: model.apply(v, x, train=False))(variables)
     assert jnp.array_equal(out, solution.value) and out.shape == (9, 1)
+
+
+def test_every_model_and_cell_is_exported():
+    for name in models.__all__:
+        assert getattr(models, name).__doc__, name
+    own = {"Stem", "Block", "Down", "Up", "After", "Bottleneck", "ResidualBlock"}
+    for file in Path(models.__path__[0]).glob("[!_]*.py"):
+        module = importlib.import_module(f"deq_jax.models.{file.stem}")
+        for name, value in vars(module).items():
+            if inspect.isclass(value) and issubclass(value, nn.Module) and name not in own:
+                if value.__module__ == module.__name__ != layers.__name__ and name[0] != "_":
+                    assert name in models.__all__, f"{module.__name__}.{name}"
+
+
+def test_sources_are_exported_and_import_light():
+    heavy = "grain tensorflow_datasets tensorflow sklearn PIL"
+    code = (
+        "import sys, deq_jax.data as data\n"
+        "assert all(hasattr(data, name) for name in data.__all__)\n"
+        f"print([name for name in {heavy.split()} if name in sys.modules])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
+    assert {"digits", "open_tfds", "Fields", "regression", "prose", "Labelled"} <= set(data.__all__)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import re
 
 import jax
@@ -13,9 +14,12 @@ from test_cost import bodies
 
 import deq_jax as deq
 from benchmarks._scaling_program import LOOPS, collectives
+from deq_jax.models import AdaptiveEmbedding, DEQTransformer, TransformerCell
 from deq_jax.training import (
+    EvalConfig,
     JacConfig,
     OptimConfig,
+    Output,
     SolverConfig,
     TrainConfig,
     UsageError,
@@ -134,28 +138,73 @@ def test_parts_that_do_not_divide_are_refused():
         run(Regression, config, devices=4)
 
 
-def test_the_update_runs_under_pmap():
-    task = Regression(CONFIG)
-    optimizer = make_optimizer(CONFIG.optim, CONFIG.train.steps)
-    devices = jax.devices()[:4]
-    state = create_state(task, optimizer, 0, parallel.make_mesh(devices[:1]))
-    state = jax.device_get(state)
-    step = jax.pmap(
-        make_update(task, CONFIG, optimizer, axis="data"), axis_name="data", devices=devices
-    )
-    many = jax.tree.map(lambda a: np.stack([a] * 4), state)
+def by_hand(kind, task, config, devices=4, steps=2):
+    """The update of `make_update(axis=...)`, each device with its own part of the batch."""
+    chosen = jax.devices()[:devices]
+    task = task(config)
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    update = make_update(task, config, optimizer, axis="data")
+    state = create_state(task, optimizer, 0, parallel.make_mesh(chosen[:1]))
+    state, split = jax.device_get(state), jax.P("data")
+    if kind == "pmap":
+        axes = dataclasses.replace(
+            jax.tree.map(lambda _: None, state), carry=jax.tree.map(lambda _: 0, state.carry)
+        )
+        step = jax.pmap(
+            update, axis_name="data", devices=chosen, in_axes=(axes, 0), out_axes=(axes, None)
+        )
+        cut = lambda a: np.reshape(a, (devices, -1, *np.shape(a)[1:]))  # noqa: E731
+        join = lambda a: np.reshape(a, (-1, *np.shape(a)[2:]))  # noqa: E731
+    else:
+        specs = TrainState(step=jax.P(), params=jax.P(), opt_state=jax.P(), extra=jax.P())
+        specs = dataclasses.replace(specs, carry=split)
+        step = jax.jit(
+            jax.shard_map(
+                update,
+                mesh=parallel.make_mesh(chosen),
+                in_specs=(specs, split),
+                out_specs=(specs, jax.P()),
+                check_vma=kind == "checked",
+            )
+        )
+        cut = join = np.asarray
+    state = dataclasses.replace(state, carry=jax.tree.map(cut, state.carry))
     totals = {}
-    for index in range(2):
+    for index in range(steps):
         batch = example.make_batch(index, 16, padding=3 * index)
-        split = {name: array.reshape(4, 4, *array.shape[1:]) for name, array in batch.items()}
-        many, measured = step(many, split)
-        first = jax.tree.map(lambda a: np.asarray(a)[0], measured)
-        totals = metrics.merge(totals, first)
-    wanted, expected = run(Regression, CONFIG)
-    for copy in range(4):
-        own = jax.tree.map(lambda a, copy=copy: np.asarray(a)[copy], many)
-        assert_close(own.params, wanted.params)
-    assert_measured(metrics.compute(totals), expected)
+        state, measured = step(state, jax.tree.map(cut, batch))
+        totals = metrics.merge(totals, jax.device_get(measured))
+    state = jax.device_get(state)
+    state = dataclasses.replace(state, carry=jax.tree.map(join, state.carry))
+    return state, metrics.compute(totals)
+
+
+BY_HAND = ["checked", "unchecked", "pmap"]
+
+
+@pytest.mark.parametrize("task", [Regression, Remembering])
+@pytest.mark.parametrize("kind", BY_HAND)
+def test_the_update_by_shard_map_and_pmap_is_that_of_one_device(kind, task):
+    wanted, expected = run(task, CONFIG)
+    got, measured = by_hand(kind, task, CONFIG)
+    assert_close(got.params, wanted.params)
+    assert_close(got.carry, wanted.carry)
+    assert_measured(measured, expected)
+
+
+def test_the_update_by_shard_map_and_pmap_in_parts():
+    config = dataclasses.replace(CONFIG, accumulate=2)
+    wanted, _ = run(Regression, CONFIG, steps=1)
+    for kind in BY_HAND:
+        assert_close(by_hand(kind, Regression, config, steps=1)[0].params, wanted.params)
+
+
+def test_masks_and_probes_are_the_same_by_shard_map_and_pmap():
+    config = dataclasses.replace(CONFIG, jac=JacConfig(gamma=0.5))
+    results = [by_hand(kind, example.Regression, config, steps=1) for kind in BY_HAND]
+    for state, measured in results[1:]:
+        assert_close(state.params, results[0][0].params)
+        assert_measured(measured, results[0][1])
 
 
 def test_devices_under_pmap_draw_masks_and_probes_of_their_own():
@@ -281,12 +330,217 @@ def test_every_example_is_evaluated_once_on_any_number_of_devices():
         task = example.Regression(config, parallel.sharded_fixed_point(mesh))
         state = create_state(task, make_optimizer(config.optim, 10), 0, mesh)
         results.append(Evaluator(task, config, example.eval_batches, mesh=mesh)(state)[8])
-    keys = [name for name in results[0] if name != "penalty"]  # a mean over padding too
     for other in results[1:]:
-        for name in keys:
+        for name in results[0].keys() - {"penalty"}:  # each number of devices has its own probes
             assert other[name] == pytest.approx(results[0][name], rel=1e-4), name
     padded = pad({"x": np.arange(3), "mask": np.ones(3), "corrupt": np.ones(3)}, 4)
     assert padded["mask"].tolist() == padded["corrupt"].tolist() == [1, 1, 1, 0]
+
+
+def test_padding_and_broken_examples_count_for_nothing_in_the_jacobian_s_numbers():
+    """A linear f, all of whose Jacobians are known: 0.5 I for real examples, 9 I for padding."""
+    config = dataclasses.replace(
+        CONFIG, eval=EvalConfig(spectral_batches=1, spectral_iters=30, max_steps=1)
+    )
+    scale = np.full((16, 1), 0.5, np.float32)
+    scale[3], scale[10:] = np.nan, 9
+    mask = np.ones(16, np.float32)
+    mask[10:] = 0
+    batch = {"scale": scale, "mask": mask}
+
+    class Linear:
+        def init(self, key):
+            return {}, {}
+
+        def forward(self, params, extra, batch, *, max_steps, **rest):
+            z0 = jnp.zeros((16, 400))
+            f = lambda params, z, x: x * z  # noqa: E731
+            solver = config.build_eval_solver()
+            solution = deq.fixed_point(
+                f, None, z0, batch["scale"], solver=solver, max_steps=max_steps
+            )
+            solution = dataclasses.replace(solution, equation=deq.Equation(f, None, batch["scale"]))
+            return Output(jnp.float32(0), {"count": batch["mask"].sum()}, extra, solution)
+
+    mesh = parallel.make_mesh(jax.devices()[:1])
+    task = Linear()
+    state = create_state(task, make_optimizer(config.optim, 10), 0, mesh)
+    found = Evaluator(task, config, lambda: [batch], mesh=mesh)(state)[1]
+    assert found["spectral_radius"] == pytest.approx(0.5, rel=1e-3)
+    assert found["penalty"] == pytest.approx(0.25, rel=0.1)
+
+
+def solve_both(solve, x, solver=deq.Anderson(tol=1e-6, max_steps=60)):  # noqa: B008
+    """Value and gradients, by params and x."""
+    params, _ = operands(x.shape[1])
+
+    def loss(params, x):
+        sol = solve(cell, params, jnp.zeros_like(x), x, solver=solver)
+        return (sol.value**2).sum(), sol.stats.num_steps
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("shape", [(8,), (2, 2)])
+def test_a_mesh_of_jax_make_mesh_splits_a_solve(kind, shape):
+    names = ("batch", "model")[: len(shape)]
+    kinds = (getattr(jax.sharding.AxisType, kind),) * len(shape)
+    count = int(np.prod(shape))
+    mesh = jax.make_mesh(shape, names, kinds, devices=jax.devices()[:count])
+    solve = parallel.sharded_fixed_point(mesh, axis="batch")
+    x = operands(16)[1]
+    (value, _), grads = jax.jit(functools.partial(solve_both, deq.fixed_point))(x)
+    ours = jax.jit(functools.partial(solve_both, solve))
+    for spec in (None, jax.P(), jax.P("batch")):
+        own = x if spec is None else jax.device_put(x, jax.NamedSharding(mesh, spec))
+        (got, steps), got_grads = ours(own)
+        assert float(got) == pytest.approx(float(value), rel=1e-4)
+        assert_close(got_grads, grads)
+        assert len({str(shard.index) for shard in steps.addressable_shards}) == shape[0]
+        sol = solve(cell, operands(16)[0], jnp.zeros_like(own), own, solver=deq.Anderson())
+        assert sol.value.sharding.spec[0] == "batch"  # without jit
+        with jax.set_mesh(mesh):
+            assert_close(ours(own)[1], grads)
+    collected = {c.place for c in collectives(ours.lower(x).compile().as_text())}
+    assert collected == {"once"}
+
+
+def test_axes_of_make_mesh_are_explicit():
+    """What the test above is for."""
+    assert jax.make_mesh((8,), ("data",)).axis_types == (jax.sharding.AxisType.Explicit,)
+    x = operands(16)[1]
+    solve = parallel.sharded_fixed_point(jax.make_mesh((8,), ("data",)))
+    assert_close(
+        jax.jit(functools.partial(solve_both, solve))(x)[1],
+        jax.jit(functools.partial(solve_both, deq.fixed_point))(x)[1],
+    )
+
+
+def test_what_of_x_is_split_is_said_and_not_guessed():
+    """A vector for the features is as long as the batch: 8, on 4 devices."""
+    mesh = parallel.make_mesh(jax.devices()[:4])
+    params, u = operands(8)
+    x = {"u": u, "scale": jnp.linspace(0.1, 1, 8), "masks": {"a": jnp.ones((8, 1))}, "none": None}
+
+    def f(params, z, x):
+        return cell(params, z, x["u"]) * x["scale"] * x["masks"]["a"]
+
+    def gradients(solve):
+        def loss(params, x):
+            sol = solve(f, params, jnp.zeros_like(u), x, solver=deq.Anderson(tol=1e-6))
+            return (sol.value**2).sum()
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
+
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    try:
+        axes = {"u": 0, "scale": None, "masks": 0, "none": 0}
+        assert_close(
+            gradients(parallel.sharded_fixed_point(mesh, axes)), gradients(deq.fixed_point)
+        )
+    finally:
+        jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def test_leaves_of_every_kind_are_replicated():
+    """Integers, bools, keys, None and Python numbers, in params and in x."""
+    mesh = parallel.make_mesh(jax.devices()[:4])
+    shared = {"count": jnp.int32(2), "key": jax.random.key(3), "on": jnp.bool_(True), "half": 0.5}
+    x = {"u": jnp.ones((8, 2)), "shared": shared, "no": None}
+
+    def f(params, z, x):
+        total = 0
+        for part in (params["shared"], x["shared"]):
+            noise = jax.random.uniform(part["key"], (1, 2))
+            total += jnp.where(part["on"], part["half"] * noise / part["count"], 0)
+        return jnp.tanh(params["w"] * z + x["u"]) * total
+
+    def gradients(solve):
+        def loss(w, u):
+            params = {"w": w, "shared": shared, "no": None}
+            solver = deq.Anderson(tol=1e-6)
+            sol = solve(f, params, jnp.zeros((8, 2)), x | {"u": u}, solver=solver)
+            return (sol.value**2).sum()
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(jnp.full((1, 2), 0.3), x["u"])
+
+    axes = {"u": 0, "shared": None, "no": None}
+    ours = gradients(parallel.sharded_fixed_point(mesh, axes))
+    assert_close(ours, gradients(deq.fixed_point))
+
+
+def test_a_leaf_that_cannot_be_split_is_named():
+    mesh = parallel.make_mesh(jax.devices()[:4])
+    x = {"u": jnp.ones((8, 3)), "cells": [{"r": jnp.ones((1, 3))}]}
+
+    def solve(x_axes=0):
+        f = lambda params, z, x: 0.5 * z + x["u"] + x["cells"][0]["r"]  # noqa: E731
+        solver = deq.Picard(tol=1e-5)
+        return parallel.sharded_fixed_point(mesh, x_axes)(f, None, x["u"], x, solver=solver)
+
+    with pytest.raises(ValueError, match=r"x\['cells'\]\[0\]\['r'\] of shape \(1, 3\) .*None"):
+        solve()
+    assert solve({"u": 0, "cells": None}).stats.converged.all()
+    assert solve({"u": 0, "cells": [None]}).stats.converged.all()
+    with pytest.raises(ValueError, match=r"x_axes\['u'\] = 1; wanted 0"):
+        solve({"u": 1, "cells": None})
+    with pytest.raises(ValueError, match=r"got x_axes = .* wanted a tree prefix"):
+        solve({"u": 0})
+    with pytest.raises(ValueError, match=r"axis='data' for a mesh with the axes \('batch',\)"):
+        parallel.sharded_fixed_point(jax.make_mesh((8,), ("batch",)))
+
+
+def test_a_sharded_solve_has_the_signature_of_the_plain_one():
+    solve = parallel.sharded_fixed_point(parallel.make_mesh(jax.devices()[:4]))
+    assert inspect.signature(solve) == inspect.signature(deq.fixed_point)
+    params, x = operands(16)
+    z0, solver = jnp.zeros_like(x), deq.Picard(tol=1e-6, max_steps=3)
+    for how in ({"keep": "last"}, {"batched": True}, {"trace": False}, {"max_steps": jnp.int32(2)}):
+        got = solve(cell, params, z0, x, solver=solver, **how)
+        wanted = deq.fixed_point(cell, params, z0, x, solver=solver, **how)
+        assert (got.stats.trace is None) == ("trace" in how)
+        assert_close(got, wanted)
+    with pytest.raises(ValueError, match=r"batched=False; wanted a z0 with a batch axis"):
+        solve(cell, params, z0[0], x[0], solver=solver, batched=False)
+    half = lambda params, z, x: 0.5 * z + x  # noqa: E731
+    with pytest.raises(ValueError, match="batched"):
+        solve(half, None, jnp.zeros(8), jnp.ones(8), solver=solver)
+    numbers = solve(half, None, jnp.zeros(8), jnp.ones(8), solver=solver, batched=True)
+    assert numbers.stats.num_steps.shape == (8,)
+
+
+def test_a_transformer_says_what_of_its_operands_is_split():
+    """Of a single stream on each device, with masks and without: positions are shared."""
+    mesh = parallel.make_mesh(jax.devices()[:2])
+    solver = deq.Picard(tol=1e-12, max_steps=3)
+
+    def build(solve):
+        return DEQTransformer(
+            vocab=AdaptiveEmbedding(vocab=20, features=8),
+            cell=TransformerCell(features=8, heads=2, hidden=8, dropout=0.2),
+            memory=3,
+            solver=solver,
+            adjoint=deq.Unroll(4),
+            fixed_point=solve,
+        )
+
+    sharded = build(parallel.sharded_fixed_point(mesh, TransformerCell.x_axes))
+    words = jnp.arange(8).reshape(2, 4)
+    memory = sharded.empty_memory(2)
+    init = functools.partial(sharded.init, train=False, max_steps=0)
+    params = jax.jit(init)(jax.random.key(0), words, words, memory)
+    for dropout in (False, True):
+
+        @functools.partial(jax.jit, static_argnums=1)
+        def loss(params, model, train=dropout):
+            rngs = {"dropout": jax.random.key(1)}
+            return model.apply(params, words, words, memory, train=train, rngs=rngs)[0].mean()
+
+        got = jax.grad(loss)(params, sharded)
+        assert_close(got, jax.grad(loss)(params, build(deq.fixed_point)))
+    with pytest.raises(ValueError, match=r"x\[0\]\.r of shape"):
+        loss(params, build(parallel.sharded_fixed_point(mesh)))
 
 
 @pytest.mark.slow
@@ -313,9 +567,8 @@ def test_no_collective_stands_in_a_loop_of_a_real_training_step(name, tmp_path):
 
         from experiments.language_modeling.task import LanguageTask
 
-        config = prose(tmp_path)
-        part = dataclasses.replace(config.train, batch_size=8)
-        config = dataclasses.replace(config, jac=JacConfig(gamma=0.5, prob=0.5), train=part)
+        config = prose(tmp_path, **{"train.batch_size": 8, "data.eval_batch_size": 8})
+        config = dataclasses.replace(config, jac=JacConfig(gamma=0.5, prob=0.5))
         task = LanguageTask(config, mesh, 40)
         words = np.zeros((8, 4), np.int32)
         ones = np.ones(8, np.float32)

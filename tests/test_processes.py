@@ -19,7 +19,9 @@ AGAIN = "Run the same command again in all processes to resume from the newest c
 
 @pytest.fixture(scope="module")
 def launcher():
-    flags = ["--train.eval_every=0"]  # at the end only: evaluations take most of the time
+    # Evaluations, at the end only, take most of the time.  Solves use up their budgets: a sample
+    # near a larger tolerance would stop a step later, and at another value, in one of two runs.
+    flags = ["--train.eval_every=0", "--solver.tol=1e-30", "--backward.tol=1e-30"]
     with Launcher(flags) as launcher:
         yield launcher
 
@@ -70,6 +72,9 @@ def assert_same(folder, wanted):
     for got, expected in zip(read_history(folder), read_history(wanted), strict=True):
         assert got.pop("kind") == expected.pop("kind")
         got.pop("steps_per_second", None), expected.pop("steps_per_second", None)
+        for name in list(got):  # rounding decides in which step a residual becomes exactly zero
+            if name.endswith(("_steps", "unconverged")):
+                assert got.pop(name) == pytest.approx(expected.pop(name), abs=0.1), name
         assert got == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 

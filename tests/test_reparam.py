@@ -229,5 +229,39 @@ def test_spectral_norm_under_jit_and_in_bfloat16():
 def test_spectral_norm_refuses_bad_settings():
     with pytest.raises(ValueError, match="bound=0"):
         spectral_norm(make_params(), 0)
+    with pytest.raises(ValueError, match="one positive number"):
+        spectral_norm(make_params(), jnp.ones(3))
     with pytest.raises(ValueError, match="iters=0"):
         spectral_norm(make_params(), iters=0)
+
+
+def test_spectral_norm_takes_a_learned_or_scheduled_bound(x64):
+    """Where a matrix exceeds the bound, the derivative in the bound is the matrix of norm one."""
+    params = make_params(jnp.float64)
+    weights = jax.tree.map(lambda a: jax.random.normal(KEY, a.shape), params)
+
+    def loss(bound):
+        bounded = spectral_norm(params, bound, iters=60)
+        return sum(map(jnp.vdot, jax.tree.leaves(weights), jax.tree.leaves(bounded)))
+
+    slope = jax.jit(jax.grad(loss))(0.5)
+    unit = spectral_norm(params, 1.0, iters=60)
+    wanted = sum(jnp.vdot(weights[k]["kernel"], unit[k]["kernel"]) for k in ("dense", "conv"))
+    np.testing.assert_allclose(slope, wanted, rtol=1e-6)
+    assert jax.jit(jax.grad(loss))(1e3) == 0  # within the bound it has no effect
+    for bound in (0.5, 2.0):
+        jitted = jax.jit(lambda b: spectral_norm(params, b))(jnp.float32(bound))
+        for name, size in norms(params).items():
+            assert norms(jitted)[name] == pytest.approx(min(size, bound), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_strict_dtype_promotion(dtype):
+    params = make_params(dtype)
+    split, plain = weight_norm.split(params), spectral_norm(params, 0.5)
+    merged = weight_norm.merge(split)
+    with jax.numpy_dtype_promotion("strict"):
+        assert_same(weight_norm.split(params), split)
+        assert_same(weight_norm.merge(split), merged)
+        assert_same(spectral_norm(params, jnp.float32(0.5)), plain)
+        jax.jit(spectral_norm)(params, jnp.float32(0.5))

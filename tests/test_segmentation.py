@@ -191,7 +191,9 @@ def _check_evaluation_over_devices(config, trained):
     again = evaluate(seen, alone, state, sets.eval, mesh=mesh, summarize=seen.summarize)[3]
     before = trained.result.evaluation[3]
     for name, value in again.items():
-        assert value == pytest.approx(before[name], rel=1e-4), name
+        # The class of a pixel whose best two scores are equal is a matter of rounding.
+        pixels = 2e-3 * name.startswith(("accuracy", "miou", "iou/"))
+        assert value == pytest.approx(before[name], rel=1e-4, abs=pixels), name
 
 
 def _check_resuming(config, trained, mesh):

@@ -1,15 +1,17 @@
 """Every solver on every problem; what one sample may and may not learn of the others."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import deq_jax as deq
 from deq_jax import testing
-from deq_jax.solvers import history
+from deq_jax.solvers import anderson, history
 
 SOLVERS = [
     deq.Picard(max_steps=300),
@@ -364,3 +366,373 @@ def test_an_f_that_changes_its_state_is_refused(image, words):
 def test_bad_budgets_are_refused(budget):
     with pytest.raises(ValueError, match="max_steps"):
         deq.solve(deq.Picard(max_steps=30), jnp.cos, jnp.ones((1, 1)), max_steps=budget)
+
+
+@pytest.mark.parametrize("budget", [np.int64(31), jnp.int32(31), jnp.int32(-1), True, 2.0])
+def test_a_budget_that_is_known_has_to_be_right_whatever_its_type(budget):
+    with pytest.raises(ValueError, match="max_steps"):
+        deq.solve(deq.Picard(max_steps=30), jnp.cos, jnp.ones((1, 1)), max_steps=budget)
+
+
+def test_numbers_of_numpy_are_numbers():
+    ours = deq.Anderson(tol=1e-3, max_steps=30, damping=0.5, memory=4, ridge=0.25)
+    theirs = deq.Anderson(
+        tol=np.float64(1e-3),
+        max_steps=np.int64(30),
+        damping=np.float32(0.5),
+        memory=np.int32(4),
+        ridge=np.float32(0.25),
+    )
+    assert ours == theirs and type(theirs.damping) is float and type(theirs.memory) is int
+
+
+def test_a_traced_tolerance_is_named():
+    with pytest.raises(ValueError, match="a solver is static"):
+        jax.jit(lambda tol: deq.Picard(tol=tol))(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("solver", "words"),
+    [
+        (deq.Anderson, "the class Anderson as solver"),
+        ("anderson", "got 'anderson' as solver"),
+        (jnp.cos, "as solver; wanted a solver"),
+    ],
+)
+def test_what_is_not_a_solver_is_named(solver, words):
+    with pytest.raises(ValueError, match=words):
+        deq.solve(solver, jnp.cos, jnp.ones((1, 1)))
+
+
+def tutorial(w, z, x):
+    return jnp.tanh(w @ z + x)
+
+
+def test_a_state_without_a_batch_axis_is_refused_or_solved_as_one_sample():
+    """W1: 64 numbers were taken for 64 samples, each frozen when its own number had settled."""
+    keys = jax.random.split(jax.random.key(0))
+    w = deq.init.orthogonal(0.9)(keys[0], (64, 64))
+    x, solver = jax.random.normal(keys[1], (64,)), deq.Anderson(tol=1e-3, max_steps=200)
+    with pytest.raises(ValueError, match="batched=False"):
+        deq.fixed_point(tutorial, w, jnp.zeros(64), x, solver=solver)
+    with pytest.raises(ValueError, match="batched=False"):
+        deq.solve(solver, lambda z: tutorial(w, z, x), jnp.zeros(64))
+    for sol in (
+        deq.fixed_point(tutorial, w, jnp.zeros(64), x, solver=solver, batched=False),
+        deq.solve(solver, lambda z: tutorial(w, z, x), jnp.zeros(64), batched=False),
+    ):
+        image = tutorial(w, sol.value, x)
+        residual = jnp.linalg.norm(image - sol.value) / jnp.linalg.norm(image)
+        assert sol.value.shape == (64,) and sol.stats.trace.shape == (200,)
+        assert sol.stats.converged.shape == () and sol.stats.converged and residual <= 1.01e-3
+
+
+def test_the_gradient_and_the_probe_of_one_sample_without_a_batch_axis(x64):
+    keys = jax.random.split(jax.random.key(0))
+    w = deq.init.orthogonal(0.5)(keys[0], (6, 6), jnp.float64)
+    x, solver = jax.random.normal(keys[1], (6,)), deq.Anderson(tol=1e-12, max_steps=80)
+
+    def loss(w, probe):
+        z0 = jnp.zeros(6)
+        options = {"solver": solver, "batched": False, "probe": probe}
+        return jnp.sum(deq.fixed_point(tutorial, w, z0, x, **options).value ** 3)
+
+    def unrolled(w):
+        z = jnp.zeros(6)
+        for _ in range(80):
+            z = tutorial(w, z, x)
+        return jnp.sum(z**3)
+
+    ours, stats = jax.grad(loss, argnums=(0, 1))(w, deq.backward_probe(x, batched=False))
+    np.testing.assert_allclose(ours, jax.grad(unrolled)(w), rtol=1e-8, atol=1e-10)
+    assert stats.converged == 1 and stats.num_steps > 1
+
+
+def test_samples_of_one_number_are_solved_if_the_caller_says_so():
+    x = jnp.linspace(0.1, 0.9, 5)
+    sol = deq.solve(deq.Anderson(tol=1e-6), lambda z: x * jnp.cos(z), 0 * x, batched=True)
+    np.testing.assert_allclose(x * jnp.cos(sol.value), sol.value, atol=1e-5)
+    assert sol.stats.converged.all() and sol.stats.num_steps.min() < sol.stats.num_steps.max()
+
+
+RUNAWAYS = {
+    "shift": lambda w, z, x: z + x,
+    "pre-norm block": lambda w, z, x: z + 0.1 * jnp.tanh(z @ w) + x,
+    "growing gap": lambda w, z, x: z + jnp.sqrt(1 + jnp.abs(z)),
+    "quadratic": lambda w, z, x: z + 1 + z**2,
+}
+
+
+@pytest.mark.parametrize("which", RUNAWAYS)
+@pytest.mark.parametrize("stop", ["rel", "abs"])
+@pytest.mark.parametrize("solver", SOLVERS, ids=name)
+def test_a_runaway_is_not_convergence(which, stop, solver):
+    """W2: norm(f(z) - z) / norm(f(z)) is small wherever z is long."""
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (2, 16))
+    w = jax.random.normal(keys[1], (16, 16)) / 4
+    solver = dataclasses.replace(solver, tol=1e-3, max_steps=60, stop=stop)
+    sol = deq.fixed_point(RUNAWAYS[which], w, 0 * x, x, solver=solver)
+    assert not sol.stats.converged.any()
+    assert jnp.isfinite(sol.value).all()
+
+
+def test_a_long_solution_of_a_short_start_still_converges():
+    """The bound on the size costs a solve some steps, not its answer."""
+    for radius in (0.9, 0.99, 0.999):
+        sol = deq.solve(
+            deq.Broyden(tol=1e-4), lambda z, r=radius: r * z + 1, jnp.zeros((2, 3)), max_steps=20
+        )
+        np.testing.assert_allclose(sol.value, 1 / (1 - radius), rtol=2e-3)
+        assert sol.stats.converged.all()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-10, 1e-12, 1e-15])
+@pytest.mark.parametrize("solver", PLAIN, ids=name)
+def test_a_small_state_is_solved_to_the_same_relative_accuracy(scale, solver):
+    """W4: an absolute floor in the residual made z0 = 0 the answer at 1e-12."""
+    x = scale * jnp.linspace(1, 2, 8).reshape(2, 4)
+    sol = deq.solve(with_tol(solver, "float32"), lambda z: 0.5 * z + x, 0 * x)
+    np.testing.assert_allclose(sol.value, 2 * x, rtol=1e-4)
+    assert sol.stats.converged.all()
+
+
+def test_a_state_that_is_zero_at_once_has_residual_zero():
+    sol = deq.solve(deq.Picard(), lambda z: 0 * z, jnp.zeros((2, 3)))
+    np.testing.assert_array_equal(sol.stats.residual, 0)
+    sol = deq.solve(deq.Picard(), lambda z: jnp.maximum(-z - 1, 0), jnp.ones((2, 3)))
+    assert sol.stats.converged.all() and (sol.value == 0).all()  # f(z0) = 0 is no reason to give up
+
+
+@pytest.mark.parametrize("stop", ["rel", "abs"])
+def test_the_trace_is_infinite_where_a_residual_is_not_finite(stop):
+    """B5: with stop="abs" it was NaN, so that its minimum was."""
+    factor = jnp.array([[1.0], [jnp.nan]])
+    sol = deq.solve(
+        deq.Picard(stop=stop, tol=1e-30, max_steps=5),
+        lambda z: jnp.where(z > 0.9, jnp.cos(z) * factor, 0.95),
+        jnp.zeros((2, 1)),
+    )
+    assert np.isinf(sol.stats.trace[1:, 1]).all()
+    np.testing.assert_array_equal(sol.stats.trace.min(axis=0), sol.stats.residual)
+
+
+def mixed(dtypes, batch=3):
+    keys = jax.random.split(jax.random.key(0), len(dtypes))
+    x = [jax.random.normal(k, (batch, 4)).astype(d) for k, d in zip(keys, dtypes, strict=True)]
+    w = 0.2 * jnp.eye(4) + 0.1
+
+    def f(w, z, x):
+        return [jnp.tanh(a @ w.astype(a.dtype) + b) for a, b in zip(z, x, strict=True)]
+
+    return f, w, [jnp.zeros_like(a) for a in x], x
+
+
+@pytest.mark.parametrize("solver", PLAIN, ids=name)
+def test_leaves_keep_their_dtypes_and_the_residual_is_that_of_the_value(solver):
+    """B6: a promoted state was rounded on its way into f, and the residual was another's."""
+    f, w, z0, x = mixed([jnp.bfloat16, jnp.float32])
+    sol = deq.fixed_point(f, w, z0, x, solver=dataclasses.replace(solver, tol=1e-30, max_steps=7))
+    image = f(w, sol.value, x)
+    assert [a.dtype for a in sol.value] == [jnp.bfloat16, jnp.float32]
+    wide = [[np.asarray(a, np.float64) for a in leaves] for leaves in (sol.value, image)]
+    gap = np.sqrt(sum(((a - b) ** 2).sum(1) for a, b in zip(*wide, strict=True)))
+    size = np.sqrt(sum((b**2).sum(1) for b in wide[1]))
+    # The difference of two bfloat16 numbers is rounded to bfloat16.
+    np.testing.assert_allclose(sol.stats.residual, gap / size, rtol=1e-2)
+
+
+STRICT = [
+    ("float32",),
+    ("bfloat16",),
+    ("float16", "float32"),
+    ("float64",),
+    ("float64", "bfloat16"),
+]
+
+
+@pytest.mark.parametrize("dtypes", STRICT, ids=str)
+@pytest.mark.parametrize(
+    "solver", [*PLAIN, deq.Anderson(memory=9, damping=0.9), deq.Broyden(damping=0.9)], ids=name
+)
+def test_strict_promotion(dtypes, solver):
+    """B7, F3: bool + int32 and promotions of dtypes failed."""
+    solver = dataclasses.replace(solver, tol=1e-2)
+    with jax.enable_x64("float64" in dtypes), jax.numpy_dtype_promotion("strict"):
+        f, w, z0, x = mixed([jnp.dtype(d) for d in dtypes])
+
+        def loss(w):
+            sol = deq.fixed_point(f, w, z0, x, solver=solver)
+            return sum(jnp.sum(a.astype(w.dtype)) for a in sol.value), sol
+
+        gradient, sol = jax.grad(loss, has_aux=True)(w)
+        assert jnp.isfinite(gradient).all() and (gradient != 0).any()
+        assert sol.stats.converged.all()
+        assert [a.dtype.name for a in sol.value] == list(dtypes)
+
+
+@pytest.mark.parametrize("make", [deq.Anderson, deq.Broyden])
+def test_no_more_rows_than_steps_are_stored(make):
+    """B8: Anderson stored memory rows, also those that no budget can fill."""
+    state = make(memory=50, max_steps=6).init(jnp.zeros((2, 3)))
+    assert max(max(a.shape, default=0) for a in jax.tree.leaves(state)) == 6
+    problem = testing.affine()
+    short = run(make(memory=50, max_steps=6, tol=1e-30), problem)
+    exact = run(make(memory=6, max_steps=6, tol=1e-30), problem)
+    np.testing.assert_array_equal(short.value, exact.value)
+
+
+@pytest.mark.parametrize("solver", PLAIN, ids=name)
+def test_keep_last_returns_the_iterate_after_the_last_step(solver):
+    """A looped model wants f^n(z0), not the iterate that looked best on the way."""
+    problem = testing.affine(radius=0.9)
+    solver = dataclasses.replace(solver, tol=1e-30, max_steps=5)
+    z, state = problem.z0, solver.init(problem.z0)
+    for _ in range(5):
+        z, state = solver.step(z, problem.f(problem.params, z, problem.x), state)
+    sol = run(solver, problem, keep="last")
+    np.testing.assert_allclose(sol.value, z, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(sol.stats.residual, sol.stats.trace[4])
+
+
+def test_keep_last_stops_each_sample_where_it_converged():
+    problem = testing.affine(batch=4)
+    solver = deq.Picard(tol=1e-4, max_steps=60)
+    best, last = run(solver, problem), run(solver, problem, keep="last")
+    assert best.stats.num_steps.min() < best.stats.num_steps.max()
+    np.testing.assert_array_equal(best.value, last.value)
+    np.testing.assert_array_equal(best.stats.residual, last.stats.residual)
+    diverging = deq.solve(
+        deq.Picard(max_steps=9), lambda z: 3 * z + 1, jnp.zeros((1, 1)), keep="last"
+    )
+    assert diverging.value[0, 0] == (3**9 - 1) / 2 and not diverging.stats.converged[0]
+    with pytest.raises(ValueError, match='wanted "best" or "last"'):
+        run(solver, problem, keep="first")
+
+
+@pytest.mark.parametrize("solver", PLAIN, ids=name)
+def test_the_trace_can_be_left_out(solver):
+    problem = testing.affine()
+    full, without = run(solver, problem), run(solver, problem, trace=False)
+    assert without.stats.trace is None
+    np.testing.assert_array_equal(full.value, without.value)
+    np.testing.assert_array_equal(full.stats.num_steps, without.stats.num_steps)
+
+
+def test_debugging_of_infinities_finds_none_without_a_trace():
+    """F8: the loop began with residuals of infinity, outside of any program."""
+    problem = testing.affine()
+    with jax.debug_infs(True), jax.debug_nans(True):
+        sol = run(deq.Anderson(), problem, trace=False)
+    assert sol.stats.converged.all()
+
+
+def damped_broyden(f, z, steps, damping):
+    """The good method with steps -damping H g and a dense inverse Jacobian."""
+    inverse = -np.eye(z.size)
+    iterates, g = [z], f(z) - z
+    for _ in range(steps):
+        s = -damping * inverse @ g
+        z = z + s
+        g_new = f(z) - z
+        hy = inverse @ (g_new - g)
+        inverse = inverse + np.outer(s - hy, s @ inverse) / (s @ hy)
+        g = g_new
+        iterates.append(z)
+    return np.stack(iterates)
+
+
+@pytest.mark.parametrize("damping", [1.0, 0.6])
+def test_damped_broyden_iterates_are_those_of_the_dense_formula(x64, damping):
+    rng = np.random.default_rng(1)
+    w, x = rng.standard_normal((12, 12)) * 0.4, rng.standard_normal((3, 12))
+    solver = deq.Broyden(tol=1e-30, max_steps=9, damping=damping)
+    z = jnp.zeros((3, 12))
+    state, iterates = solver.init(z), [np.zeros((3, 12))]
+    for _ in range(9):
+        z, state = solver.step(z, jnp.tanh(z @ w + x), state)
+        iterates.append(np.asarray(z))
+    for sample in range(3):
+        f = lambda v, i=sample: np.tanh(v @ w + x[i])  # noqa: E731
+        expected = damped_broyden(f, np.zeros(12), 9, damping)
+        np.testing.assert_allclose(np.stack(iterates)[:, sample], expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("damping", [1.0, 0.6])
+def test_broyden_forgets_the_oldest_factor_or_all_of_them(x64, damping):
+    """Beyond its memory: the product of the last m factors, or of those since the restart."""
+    rng = np.random.default_rng(1)
+    w, x, m = rng.standard_normal((8, 8)) * 0.3, rng.standard_normal(8), 3
+    f = lambda v: np.tanh(v @ w + x)  # noqa: E731
+    for restart in (False, True):
+        z, steps, expected = np.zeros(8), [], [np.zeros(8)]
+        for k in range(11):
+            kept = steps[k - k % m :] if restart else steps[-m:]
+            v = -(f(z) - z)
+            for s, s_next in zip(kept[:-1], kept[1:], strict=True):
+                v = v + (s @ v) / (s @ s) * (s_next - (1 - damping) * s)
+            if kept:  # the newest factor, whose own next step is being computed
+                s = kept[-1]
+                c = (s @ v) / (s @ s)
+                v = (v - (1 - damping) * c * s) / (1 + damping * c)
+            steps.append(-damping * v)
+            z = z + steps[-1]
+            expected.append(z)
+        solver = deq.Broyden(tol=1e-30, max_steps=20, memory=m, damping=damping, restart=restart)
+        ours = jnp.zeros((1, 8))
+        state, iterates = solver.init(ours), [np.zeros(8)]
+        for _ in range(11):
+            ours, state = solver.step(ours, jnp.asarray(f(np.asarray(ours))), state)
+            iterates.append(np.asarray(ours[0]))
+        np.testing.assert_allclose(iterates, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("memory", [8, 9, 20])
+def test_both_small_solves_agree_with_lapack(x64, memory):
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((3, memory, memory + 4))
+    matrix, rhs = rows @ rows.swapaxes(1, 2), rng.standard_normal((3, memory))
+    ours = anderson._solve_positive(jnp.asarray(matrix), jnp.asarray(rhs))
+    np.testing.assert_allclose(ours, np.linalg.solve(matrix, rhs[..., None])[..., 0], rtol=1e-8)
+
+
+def test_a_batch_of_one_is_solved_as_a_batch_of_two():
+    for solver in SOLVERS:
+        one = testing.affine(batch=1)
+        two = dataclasses.replace(one, x=jnp.tile(one.x, (2, 1)), z0=jnp.tile(one.z0, (2, 1)))
+        solver = dataclasses.replace(solver, tol=1e-30, max_steps=4)
+        np.testing.assert_allclose(
+            run(solver, one).value[0], run(solver, two).value[1], rtol=1e-4, atol=1e-5
+        )
+
+
+SHARDED = [PartitionSpec("data"), PartitionSpec("data", None, "model")]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("spec", SHARDED, ids=str)
+@pytest.mark.parametrize("solver", SOLVERS[1::2], ids=name)
+def test_a_state_may_be_sharded_over_batch_and_features(kind, spec, solver):
+    """F1, L5: flattening gathered the state, or failed on the axes of `jax.make_mesh`."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+    w, x = jnp.float32(0.4), jax.random.normal(jax.random.key(0), (4, 6, 8))
+    placed = jax.device_put(x, NamedSharding(mesh, spec))
+    solver = dataclasses.replace(solver, tol=1e-30, max_steps=6)
+
+    def loss(w, x):
+        f = lambda w, z, x: jnp.tanh(z * w + x)  # noqa: E731
+        sol = deq.fixed_point(f, w, jnp.zeros_like(x), x, solver=solver)
+        return jnp.sum(sol.value**2), sol.value
+
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, value), slope = gradient(w, placed)
+    (_, alone), expected = gradient(w, x)
+    assert value.sharding.is_equivalent_to(placed.sharding, 3)
+    np.testing.assert_allclose(value, alone, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(slope, expected, rtol=1e-4)
+    text = gradient.lower(w, placed).compile().as_text()
+    found = set(re.findall(r" (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", text))
+    assert found <= {"all-reduce"}
+    with jax.set_mesh(mesh):
+        (_, value), _ = jax.value_and_grad(loss, has_aux=True)(w, placed)  # without jit
+    np.testing.assert_allclose(value, alone, rtol=1e-5, atol=1e-6)

@@ -12,6 +12,8 @@ import training_example as example
 import deq_jax as deq
 from deq_jax.training import (
     BackwardConfig,
+    EvalConfig,
+    Evaluator,
     JacConfig,
     OptimConfig,
     SolverConfig,
@@ -24,7 +26,7 @@ from deq_jax.training import (
 from deq_jax.training.optim import make_optimizer
 from deq_jax.training.placement import place
 from deq_jax.training.state import create_state, split_seed
-from deq_jax.training.step import forward_metrics
+from deq_jax.training.step import forward_metrics, make_update
 
 CONFIG = example.ExampleConfig(
     solver=SolverConfig(max_steps=20, tol=1e-5),
@@ -213,9 +215,14 @@ def test_the_state_is_donated_and_chance_depends_on_the_step_only():
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_one_and_eight_devices_learn_the_same(sharded):
+    # Every solve takes its whole budget, far above rounding, which could end it a step later.
+    few = {"name": "picard", "max_steps": 3, "tol": 1e-12}
+    config = dataclasses.replace(
+        with_jac(gamma=1.0, prob=0.5), solver=SolverConfig(**few), backward=BackwardConfig(**few)
+    )
     outcomes = []
     for devices in (1, 8):
-        task, mesh, state, step = build(with_jac(gamma=1.0, prob=0.5), devices=devices)
+        task, mesh, state, step = build(config, devices=devices)
         if sharded:
             task.fixed_point = parallel.sharded_fixed_point(mesh)
         totals = {}
@@ -229,6 +236,7 @@ def test_one_and_eight_devices_learn_the_same(sharded):
         outcomes[1][0],
     )
     assert outcomes[0][1] == pytest.approx(outcomes[1][1], rel=1e-3, abs=1e-6)
+    assert outcomes[0][1]["fwd_steps"] == outcomes[0][1]["bwd_steps"] == 3
 
 
 def test_a_penalty_without_a_solution_is_refused():
@@ -246,3 +254,61 @@ def test_a_penalty_without_a_solution_is_refused():
     step = make_train_step(Explicit(), config, optimizer, mesh)
     with pytest.raises(ValueError, match=r"wanted the solution of the DEQ layer.*set jac\.gamma"):
         step(state, place(BATCH, mesh))
+
+
+def test_budgets_of_evaluation_do_not_change_training():
+    """Broyden's history is as long as its budget: that of training, not of evaluation."""
+    config = dataclasses.replace(
+        CONFIG,
+        solver=SolverConfig(name="broyden", max_steps=6),
+        jac=JacConfig(gamma=1.0, budget_high=1),
+    )
+    texts = []
+    for evaluation in (EvalConfig(), EvalConfig(max_steps=9, budgets=(3, 25))):
+        own = dataclasses.replace(config, eval=evaluation)
+        assert own.build_solver().max_steps == 7
+        task, mesh, state, step = build(own)
+        texts.append(step.lower(state, place(BATCH, mesh)).as_text())
+    assert texts[0] == texts[1]
+    evaluator = Evaluator(task, own, example.eval_batches, mesh=mesh)
+    found = evaluator(state)
+    assert found.keys() == {3, 9, 25}
+    assert [found[b]["fwd_steps"] for b in (3, 9)] == [3, pytest.approx(8, abs=1)]
+    output = task.forward(
+        state.params, state.extra, BATCH, key=None, train=False, warmup=False, max_steps=3,
+        probe=None,
+    )  # fmt: skip
+    assert output.solution.stats.trace.shape == (25, 16)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_rate_shown_is_the_rate_applied_after_skipped_updates(name):
+    optim = OptimConfig(name=name, lr=0.5, schedule="cosine", end_lr=0.1, momentum=0.0)
+    config = dataclasses.replace(
+        CONFIG, optim=optim, train=dataclasses.replace(CONFIG.train, steps=8)
+    )
+    _, mesh, state, step = build(config)
+    bad = {**BATCH, "y": np.full_like(BATCH["y"], np.nan)}
+    for _ in range(7):
+        state, measured = step(state, place(bad, mesh))
+        assert measured["skipped"].total == 1
+    before = jax.device_get(state.params)
+    state, measured = step(state, place(BATCH, mesh))
+    got = compute(measured)
+    applied = optax.tree.norm(jax.tree.map(jnp.subtract, jax.device_get(state.params), before))
+    # The direction of adamw's first step has a length of 1 in every number whose gradient is not 0.
+    count = sum(leaf.size for leaf in jax.tree.leaves(before))
+    length = got["grad_norm"] if name == "sgd" else np.sqrt(count)
+    assert applied / length == pytest.approx(got["lr"], rel=1e-3)
+    assert got["lr"] == pytest.approx(0.1 + 0.4 * (1 + np.cos(np.pi * 7 / 8)) / 2, rel=1e-5)
+
+
+def test_an_optimizer_with_a_clock_of_its_own_is_used_as_it_is():
+    task = example.Regression(CONFIG)
+    states = []
+    for optimizer in (optax.sgd(0.5), make_optimizer(CONFIG.optim, 100)):
+        update = jax.jit(make_update(task, CONFIG, optimizer))
+        mesh = parallel.make_mesh(jax.devices()[:1])
+        states.append(update(create_state(task, optimizer, 0, mesh), BATCH)[0])
+    for a, b in zip(*(jax.tree.leaves(state.params) for state in states), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 
 import deq_jax as deq
+from deq_jax import linen
 from deq_jax.models.embeddings import AdaptiveEmbedding
 from deq_jax.models.transformer import DEQTransformer, ExplicitTransformer
 from deq_jax.models.transformer_cell import (
+    Injection,
     TransformerCell,
     positions,
     relative_shift,
@@ -293,3 +296,27 @@ def test_settings_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match=message):
             memory = build().empty_memory(1)
             model.init(jax.random.key(0), words, words, memory, train=False)
+
+
+def test_positions_in_bfloat16_are_those_of_float32_rounded():
+    low, exact = positions(600, 64, jnp.bfloat16), positions(600, 64)
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(low, exact.astype(jnp.bfloat16))
+    assert len(np.unique(np.asarray(low[0], np.float32), axis=0)) == 600
+
+
+def test_attention_in_bfloat16_is_normalised_in_float32():
+    cell = TransformerCell(features=C, heads=H, hidden=12)
+    text = jnp.zeros((1, 3), jnp.int32)
+    model = build(cell={"hidden": 12})
+    memory = model.empty_memory(1)
+    x = Injection(u=jnp.ones((1, 3, 3 * C)), memory=memory, positions=positions(3 + M, C))
+    z = jnp.ones((*text.shape, C))
+    params = jax.jit(lambda key: cell.init(key, z, x, method=linen.once))(jax.random.key(0))
+    low = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, params)
+    z, x = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, (z, x))
+    run = lambda p: cell.apply(p, z, x, method=linen.once)  # noqa: E731
+    text = str(jax.make_jaxpr(run)(low))
+    exps = re.findall(r":(\w+)\[[\d,]*\] = exp ", text)
+    assert exps == ["f32"]
+    assert run(low).dtype == jnp.bfloat16

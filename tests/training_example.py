@@ -70,7 +70,7 @@ class Regression:
             operands,
             jnp.zeros_like(injected),
             (injected, mask),
-            solver=self.config.build_solver(),
+            solver=self.config.build_solver() if train else self.config.build_eval_solver(),
             adjoint=adjoint,
             max_steps=max_steps,
             probe=probe,

@@ -1,1 +1,32 @@
-"""Models built on the DEQ layer."""
+"""Models in Flax Linen: MDEQ, DEQ-Transformer, fully connected DEQs, explicit baselines."""
+
+from deq_jax.models.embeddings import AdaptiveEmbedding
+from deq_jax.models.heads import ClassificationHead, SegmentationHead
+from deq_jax.models.mdeq import MDEQ
+from deq_jax.models.mdeq_cell import MDEQCell
+from deq_jax.models.mlp import MLPDEQ, DenseCell, ScalarDEQ, ToyCell
+from deq_jax.models.resnet import ResNet
+from deq_jax.models.softmax import linear_nll
+from deq_jax.models.transformer import DEQTransformer, ExplicitTransformer, Reading
+from deq_jax.models.transformer_cell import Injection, Memory, TransformerCell, positions
+
+__all__ = [
+    "MDEQ",
+    "MLPDEQ",
+    "AdaptiveEmbedding",
+    "ClassificationHead",
+    "DEQTransformer",
+    "DenseCell",
+    "ExplicitTransformer",
+    "Injection",
+    "MDEQCell",
+    "Memory",
+    "Reading",
+    "ResNet",
+    "ScalarDEQ",
+    "SegmentationHead",
+    "ToyCell",
+    "TransformerCell",
+    "linear_nll",
+    "positions",
+]

@@ -40,7 +40,7 @@ def linear_nll(
 
     Returns:
       float32 (float64 of float64) [N]; 0 for rows outside of ``start:stop``.  Differentiable once,
-      in reverse.
+      in reverse; hidden, table and bias may have different dtypes, which their gradients keep.
 
     Raises:
       ValueError: for shapes that do not fit each other, or a chunk below 1.
@@ -75,16 +75,22 @@ def scores(hidden: jax.Array, table: jax.Array, bias: jax.Array) -> jax.Array:
       bias: float [V].
 
     Returns:
-      table hidden + bias, [..., V], summed and kept in float32 or wider.
+      table hidden + bias, [..., V], summed and kept in float32 or wider.  The product is taken in
+      the wider of the dtypes of hidden and table.
 
     Example:
       >>> scores(jnp.ones((1, 2)), jnp.ones((3, 2)), jnp.zeros(3)).tolist()
       [[2.0, 2.0, 2.0]]
     """
-    wide = stat_dtype(hidden.dtype)
-    return jnp.matmul(hidden, table.T, preferred_element_type=wide) + jnp.expand_dims(
-        bias.astype(wide), tuple(range(hidden.ndim - 1))
-    )
+    common, wide = _dtypes(hidden, table)
+    product = jnp.matmul(hidden.astype(common), table.T.astype(common), preferred_element_type=wide)
+    return product + jnp.expand_dims(bias.astype(wide), tuple(range(hidden.ndim - 1)))
+
+
+def _dtypes(hidden: jax.Array, table: jax.Array) -> tuple[Any, Any]:
+    """Dtypes of factors and of sums."""
+    common = jnp.promote_types(hidden.dtype, table.dtype)
+    return common, stat_dtype(common)
 
 
 def _rows_nll(
@@ -109,7 +115,7 @@ def _chunked_fwd(
     rows = hidden.shape[0]
     # The last chunk may stand out: slices that do would be moved back inside.
     padded, places = _pad(chunk, hidden), _pad(chunk, labels)
-    zeros = jnp.zeros_like(padded[:, 0], dtype=stat_dtype(hidden.dtype))
+    zeros = jnp.zeros_like(padded[:, 0], dtype=_dtypes(hidden, table)[1])
 
     def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         begin = start + i * chunk
@@ -125,6 +131,8 @@ def _chunked_fwd(
 def _chunked_bwd(chunk: int, saved: Any, cotangent: jax.Array):
     hidden, table, bias, labels, start, stop, total = saved
     rows, words = hidden.shape[0], table.shape[0]
+    common, wide = _dtypes(hidden, table)
+    factor = table.astype(common)
     padded, places, weights = (_pad(chunk, a) for a in (hidden, labels, cotangent))
 
     def body(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -136,14 +144,22 @@ def _chunked_bwd(chunk: int, saved: Any, cotangent: jax.Array):
         weight = jnp.where(_inside(begin, chunk, stop), weight, 0)
         shares = jnp.exp(scores(part, table, bias) - log_sum[:, None])  # [chunk, V]
         hit = jnp.clip(label, 0, words - 1)[:, None] == jnp.arange(words)[None]
-        d_scores = ((shares - hit) * weight[:, None]).astype(hidden.dtype)
-        d_hidden = _put(d_hidden, d_scores @ table, begin)
-        return d_hidden, d_table + d_scores.T @ part, d_bias + d_scores.sum(axis=0)
+        d_scores = (shares - hit) * weight[:, None]
+        d_bias = d_bias + d_scores.sum(axis=0)
+        d_scores = d_scores.astype(common)
+        d_hidden = _put(d_hidden, d_scores @ factor, begin)
+        own = jnp.matmul(d_scores.T, part.astype(common), preferred_element_type=wide)
+        return d_hidden, d_table + own, d_bias
 
-    zeros = jnp.zeros_like(padded), jnp.zeros_like(table), jnp.zeros_like(bias)
+    # Sums over many chunks: in float32 or wider.
+    zeros = (
+        jnp.zeros_like(padded),
+        jnp.zeros_like(table, dtype=wide),
+        jnp.zeros_like(bias, dtype=wide),
+    )
     trips = -(-(stop - start) // chunk)
     d_hidden, d_table, d_bias = jax.lax.fori_loop(0, trips, body, zeros)
-    return d_hidden[:rows], d_table, d_bias, None, None, None
+    return d_hidden[:rows], d_table.astype(table.dtype), d_bias.astype(bias.dtype), None, None, None
 
 
 _chunked_nll.defvjp(_chunked_fwd, _chunked_bwd)

@@ -7,7 +7,7 @@ weights can be loaded (`deq_jax.convert.transformer`).
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import flax.struct
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import deq_jax as deq
 from deq_jax.models.families import product_inits
 from deq_jax.models.layers import NORMAL, UNIFORM
+from deq_jax.tree import stat_dtype
 
 
 @flax.struct.dataclass
@@ -74,7 +75,7 @@ def positions(length: int, features: int, dtype: Any = jnp.float32) -> jax.Array
     Args:
       length: number of distances.
       features: C.
-      dtype: of the result.
+      dtype: of the result; distances and angles are computed in float32 or wider.
 
     Returns:
       ``[1, length, features]``, sin and cos of distance * 10000^(-2 i / features).
@@ -83,9 +84,11 @@ def positions(length: int, features: int, dtype: Any = jnp.float32) -> jax.Array
       >>> positions(3, 2)[0, :, 1].tolist()[2]  # cos(0)
       1.0
     """
-    rates = 10000.0 ** (-jnp.arange(0, features, 2, dtype=dtype) / features)
-    angles = jnp.arange(length - 1, -1, -1, dtype=dtype)[:, None] * rates[None]
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[None, :, :features]
+    wide = stat_dtype(dtype)  # bfloat16 has not the digits to tell 600 distances apart
+    rates = 10000.0 ** (-jnp.arange(0, features, 2, dtype=wide) / features)
+    angles = jnp.arange(length - 1, -1, -1, dtype=wide)[:, None] * rates[None]
+    both = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return both[None, :, :features].astype(dtype)
 
 
 def relative_shift(scores: jax.Array) -> jax.Array:
@@ -158,6 +161,8 @@ class TransformerCell(nn.Module):
       weights: family of the initial weights of what maps the state to itself: each of queries, keys
         and values (all heads together), the output map, and the feed-forward layer as a product;
         None for the published ones.
+      x_axes: (class attribute) which operands of a solve are split by samples, for
+        `deq_jax.training.parallel.sharded_fixed_point`: all but the keys of the positions.
 
     Raises:
       ValueError: for settings out of range.
@@ -184,6 +189,8 @@ class TransformerCell(nn.Module):
     dropout: float = 0.0
     attention_dropout: float = 0.0
     weights: deq.init.MatrixInitializer | None = None
+
+    x_axes: ClassVar[Any] = (_Operands(u=0, k=0, v=0, r=None, filled=0), 0)  # type: ignore
 
     def __post_init__(self) -> None:
         """Refuses settings that do not fit each other."""
@@ -229,7 +236,9 @@ class TransformerCell(nn.Module):
         place = jnp.einsum("bihd,jhd->bhij", q + self.position_bias[None, None], x.r[0])
         scores = (content + relative_shift(place)) / math.sqrt(q.shape[-1])  # [B, H, T, K]
         seen = visible(z.shape[1], k.shape[1], x.filled, self.window)
-        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+        # In float32 or wider: the sum over all keys would lose small weights in bfloat16.
+        wide = jnp.where(seen, scores, -jnp.inf).astype(stat_dtype(scores.dtype))
+        weights = jax.nn.softmax(wide, axis=-1).astype(scores.dtype)
         mixed = jnp.einsum("bhij,bjhd->bihd", drop("attention", weights), v)
         h = self.norm(z + drop("attention_out", self.o(mixed.reshape(z.shape))))
         inner = drop("hidden", nn.relu(self.ff1(h)))

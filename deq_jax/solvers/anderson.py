@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deq_jax import tree
 from deq_jax.solvers import history
 from deq_jax.solvers.base import StopMode, check_settings
 from deq_jax.tree import PyTree
@@ -100,15 +99,16 @@ class Anderson:
     def step(self, z: PyTree, fz: PyTree, state: AndersonState) -> tuple[PyTree, AndersonState]:
         """Returns the next iterate, a tree ``[B, ...]``, and the window with ``z`` taken in."""
         m = self._rows
+        rows = jnp.arange(m, dtype=jnp.int32)
         slot, filled = state.k % m, jnp.minimum(state.k + 1, m)
         g = jax.tree.map(jnp.subtract, fz, z)
         images = state.images.write(slot, fz)
         residuals = state.residuals.write(slot, g)
         row = residuals.inner(g, filled)  # [B, m]
-        here = jnp.arange(m) == slot
+        here = rows == slot
         gram = jnp.where(here[None, :, None], row[:, None, :], state.gram)
         gram = jnp.where(here[None, None, :], row[:, :, None], gram)  # [B, m, m]
-        a = self.weights(gram, jnp.arange(m) < filled)
+        a = self.weights(gram, rows < filled)
         z_next = images.combine(a, filled)
         if self.damping != 1.0:
             mixed = residuals.combine(a, filled)
@@ -172,7 +172,7 @@ def _solve_positive(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
 def _solve_in_a_loop(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
     """The same, one column an iteration: compiling does not take longer for larger systems."""
     m = matrix.shape[-1]
-    rows = jnp.arange(m)
+    rows = jnp.arange(m, dtype=jnp.int32)
 
     def eliminate(i: jax.Array, table: jax.Array) -> jax.Array:
         here = (rows == i)[None, :, None]
@@ -182,4 +182,4 @@ def _solve_in_a_loop(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
         return jnp.where(here, pivot, table - column * pivot)
 
     table = jnp.concatenate([matrix, rhs[:, :, None]], axis=2)
-    return lax.fori_loop(0, m, eliminate, table)[:, :, m]
+    return lax.fori_loop(jnp.int32(0), jnp.int32(m), eliminate, table)[:, :, m]

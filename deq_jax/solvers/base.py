@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
+from jax.core import Tracer
 
 from deq_jax import traced, tree
 from deq_jax.solvers import history
@@ -28,9 +29,9 @@ _GROWTH = 100.0
 class Solver(Protocol):
     """What `solve` needs of a root-finding method for z = f(z).
 
-    A solver is a value: hashable, without state of its own.  ``init`` returns the state of one solve
-    from its start ``z``; ``step`` turns an iterate ``z``, its image ``fz`` (both trees ``[B, ...]``)
-    and the state into the next iterate and state.  Samples must not mix.
+    A solver is a value: hashable, without state of its own.  ``init`` returns the state of one
+    solve from its start ``z``; ``step`` turns an iterate ``z``, its image ``fz`` (both trees
+    ``[B, ...]``) and the state into the next iterate and state.  Samples must not mix.
     """
 
     @property
@@ -135,6 +136,24 @@ class Solution:
         return self.equation.f, self.equation.params, self.value, self.equation.x
 
 
+def serializable(*kinds: type) -> None:
+    """Lets `jax.export` serialise functions that return dataclasses without static fields.
+
+    Args:
+      *kinds: registered dataclasses of this package.
+    """
+    for kind in kinds:
+        export.register_pytree_node_serialization(
+            kind,
+            serialized_name=f"deq_jax.{kind.__name__}",
+            serialize_auxdata=lambda _: b"",
+            deserialize_auxdata=lambda _: (),
+        )
+
+
+serializable(SolveStats, Solution)
+
+
 class _Loop(NamedTuple):
     """Carry of the loop; every array but ``k`` has a batch axis."""
 
@@ -161,12 +180,12 @@ def check_settings(solver: Any, counts: Sequence[str] = (), fractions: Sequence[
       ValueError: naming the setting, what was given and what would do.
     """
     name = type(solver).__name__
-    if isinstance(solver.tol, jax.core.Tracer):
+    if isinstance(solver.tol, Tracer):
         raise ValueError(
             f"{name}: got a traced tol; wanted a number, for a solver is static; build the solver "
             "outside jit, and one for each tolerance"
         )
-    if not (isinstance(solver.tol, numbers.Real) and 0 < solver.tol < math.inf):
+    if not (isinstance(solver.tol, numbers.Real) and 0 < float(solver.tol) < math.inf):
         raise ValueError(
             f"{name}: got tol={solver.tol!r}; wanted a positive finite number; to run a fixed "
             "number of steps use a tiny tol such as 1e-30"
@@ -219,7 +238,7 @@ def check_fraction(name: str, setting: str, value: Any) -> float:
     Raises:
       ValueError: if ``value`` lies outside (0, 1].
     """
-    if not (isinstance(value, numbers.Real) and 0 < value <= 1):
+    if not (isinstance(value, numbers.Real) and 0 < float(value) <= 1):
         raise ValueError(f"{name}: got {setting}={value!r}; wanted a number in (0, 1]")
     return float(value)
 
@@ -255,7 +274,7 @@ def split_budget(
         raise ValueError(
             f"got max_steps of type {tree.describe(max_steps)}; wanted an int or an integer scalar"
         )
-    if not isinstance(max_steps, jax.core.Tracer):
+    if not isinstance(max_steps, Tracer):
         split_budget(solver, int(max_steps))  # raises for a number that is known to be wrong
     return None, jnp.minimum(max_steps, solver.max_steps)
 
@@ -315,6 +334,28 @@ def check_image(z: PyTree, image: PyTree) -> PyTree:
             "f returns once, at the solution"
         )
     return tree.match(z, image)
+
+
+def trace_map(
+    trace: Callable[[PyTree], tuple[Traced, tuple[jax.Array, ...]]], z0: PyTree
+) -> tuple[Traced, tuple[jax.Array, ...], PyTree]:
+    """Traces f at a start that has the type of its image.
+
+    Args:
+      trace: traces f at a state.
+      z0: the start, tree of arrays ``[B, ...]``.
+
+    Returns:
+      The program of f, what f closes over, and z0, sharded and varying over mesh axes as f(z0).
+
+    Raises:
+      ValueError: if f changes tree structure, shapes or dtypes.
+    """
+    program, consts = trace(z0)
+    start = check_image(z0, program.out)
+    if any(map(operator.is_not, jax.tree.leaves(start), jax.tree.leaves(z0))):
+        program, consts = trace(start)
+    return program, consts, start
 
 
 def as_batched(z0: PyTree, batched: bool | None) -> PyTree:
@@ -420,8 +461,7 @@ def solve(
     state = as_batched(z0, batched)
     if batched is False:
         f = Unbatched(f, 0)
-    program, consts = traced.trace(f, state)
-    state = check_image(state, program.out)
+    program, consts, state = trace_map(lambda z: traced.trace(f, z), state)
     static, budget = split_budget(solver, max_steps)
     out = traced.call(_solve, program, (solver, static, keep, trace), consts, state, budget)
     solution = Solution(*out)
@@ -483,29 +523,33 @@ def iterate(
             gap = jnp.where(gap == 0, 0, gap / size)
         r = jnp.where(finite, jnp.minimum(gap, largest), jnp.inf).astype(jnp.float32)  # [B]
         active = ~c.done
+        better = active & (r < c.residual)
         done = c.done | (r <= solver.tol) | ~finite
+        residual = jnp.where(better if keep == "best" else active, r, c.residual)
+        num_steps = c.num_steps + active.astype(jnp.int32)
+        row = jnp.where(active, r, jnp.inf)
+        # One small kernel computes these; fused into the large ones below, it would be repeated,
+        # and keep copies of what it replaces.
+        better, done, residual, num_steps, row = lax.optimization_barrier(
+            (better, done, residual, num_steps, row)
+        )
         z_next, state = solver.step(c.z, fz, c.state)
-        if keep == "last":
-            best, residual = None, jnp.where(active, r, c.residual)
-            z_next = tree.where(done, c.z, z_next)
-        else:
-            # Finished samples go on, for nothing that is returned depends on them.
-            better = active & (r < c.residual)
-            best, residual = tree.where(better, c.z, c.best), jnp.where(better, r, c.residual)
-        history = c.trace
-        if history is not None:
-            row = jnp.where(active, r, jnp.inf)
-            history = lax.dynamic_update_index_in_dim(history, row, c.k, axis=0)
+        # With keep="best" finished samples go on: nothing that is returned depends on them.
+        best = tree.where(better, c.z, c.best) if keep == "best" else None
+        z_next = z_next if keep == "best" else tree.where(done, c.z, z_next)
+        residuals = c.trace
+        if residuals is not None:
+            residuals = lax.dynamic_update_index_in_dim(residuals, row, c.k, axis=0)
         return _Loop(
             k=c.k + 1,
             z=z_next,
             state=state,
             best=best,
             done=done,
-            num_steps=c.num_steps + active.astype(jnp.int32),
+            num_steps=num_steps,
             residual=residual,
             reference=reference,
-            trace=history,
+            trace=residuals,
         )
 
     def loop(z0: PyTree, state: Any) -> tuple[PyTree, SolveStats]:

@@ -106,7 +106,7 @@ class Broyden:
         """Returns the next iterate, a tree ``[B, ...]``, and the memory with its step taken in."""
         m, lag = self._rows, 1 - self.damping
         slot = state.k % m
-        slots = jnp.arange(m)
+        slots = jnp.arange(m, dtype=jnp.int32)
         here = (slots == slot)[None]  # [1, m]
         newest = (slots == (slot + m - 1) % m)[None]
         inverse = state.inverse
@@ -145,7 +145,7 @@ class Broyden:
 
 
 def _apply(matrix: jax.Array, v: jax.Array) -> jax.Array:
-    """Multiplies ``[B, m, m]`` by ``[B, m]``; an elementwise sum, which fuses with its neighbours."""
+    """Multiplies ``[B, m, m]`` by ``[B, m]``, elementwise: that fuses with its neighbours."""
     return jnp.sum(matrix * v[:, None, :], axis=2)
 
 

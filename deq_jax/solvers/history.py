@@ -25,9 +25,7 @@ _SPLIT_BYTES = 16 * 2**20
 _BLOCK_ROWS = 5
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["blocks"], meta_fields=["axis"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["blocks"], meta_fields=["axis"])
 @dataclasses.dataclass(frozen=True)
 class History:
     """Rows of states.

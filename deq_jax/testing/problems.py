@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deq_jax import init
+from deq_jax.solvers.base import StopMode
 from deq_jax.tree import PyTree
 
 
@@ -36,9 +37,11 @@ class Problem:
       solution: what ``observe(z*)`` is; None where no solution exists.
       kind: ``"contraction"``: plain iteration converges from ``z0``; ``"solvable"``: a solution
         exists, and plain iteration does not reach it; ``"unsolvable"``: none exists.
-      condition: bound of norm(z - z*) / norm(f(z) - z) near the solution.
+      condition: bound of norm(z - z*) / norm(f(z) - z) near the solution; inf if there is none.
       observe: the part of the state that has a closed form; by default all of it.
       vjp: cotangent of z* -> (gradient in params, gradient in x), where it has a closed form.
+      least: of an unsolvable problem, stop mode -> positive lower bound of the residual in exact
+        arithmetic; a mode is missing where the residual tends to 0 at infinity.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Problem:
     condition: float = 1.0
     observe: Callable[[PyTree], PyTree] = _itself
     vjp: Callable[[PyTree], tuple[PyTree, PyTree]] | None = None
+    least: Mapping[StopMode, float] = dataclasses.field(default_factory=dict)
 
     def error(self, value: PyTree) -> jax.Array:
         """Returns the largest absolute error of every sample, ``[B]``.
@@ -144,7 +148,7 @@ def cosine(batch: int = 4, *, dtype: Any = jnp.float32) -> Problem:
     Returns:
       Problem with state ``[B, 1]``.
     """
-    return _scalar(
+    return scalar(
         "cosine",
         lambda params, z, x: jnp.cos(params["a"] * z) + x,
         {"a": 1.0},
@@ -165,7 +169,7 @@ def exponential(batch: int = 4, *, dtype: Any = jnp.float32) -> Problem:
     Returns:
       Problem with state ``[B, 1]``.
     """
-    return _scalar(
+    return scalar(
         "exponential",
         lambda params, z, x: jnp.exp(-params["a"] * z) + x,
         {"a": 1.0},
@@ -190,7 +194,7 @@ def logistic(batch: int = 4, rate: float = 2.8, *, dtype: Any = jnp.float32) -> 
     Returns:
       Problem with state ``[B, 1]``; a contraction for r < 3.
     """
-    problem = _scalar(
+    problem = scalar(
         f"logistic-{rate}",
         lambda params, z, x: params["r"] * z * (1 - z) + x,
         {"r": rate},
@@ -257,32 +261,7 @@ def nonnormal(batch: int = 4, strength: float = 10.0, *, dtype: Any = jnp.float3
     )
 
 
-def no_fixed_point(batch: int = 4, *, dtype: Any = jnp.float32) -> Problem:
-    """The equation z = 2 sqrt(1 + (a z)^2) + x with a = 1, which has no solution.
-
-    At x = 0 the residual norm(f(z) - z) is at least sqrt(3), and at least half of norm(f(z)), for
-    every z: an honest solver reports neither as converged, wherever it wanders.
-
-    Args:
-      batch: number of samples, which differ in their starts.
-      dtype: dtype of all arrays.
-
-    Returns:
-      Problem with state ``[B, 1]``, ``solution=None``.
-    """
-    problem = _scalar(
-        "no-fixed-point",
-        lambda params, z, x: 2 * jnp.sqrt(1 + (params["a"] * z) ** 2) + x,
-        {"a": 1.0},
-        0.0,
-        (0.0, 1.0),
-        batch,
-        dtype,
-    )
-    return dataclasses.replace(problem, solution=None, kind="unsolvable", condition=math.inf)
-
-
-def _scalar(
+def scalar(
     name: str,
     f: Callable[[PyTree, PyTree, PyTree], PyTree],
     params: dict[str, float],
@@ -291,7 +270,7 @@ def _scalar(
     batch: int,
     dtype: Any,
 ) -> Problem:
-    """A problem in one unknown, the same for all samples but for their starts."""
+    """Returns a problem in one unknown whose samples differ in their starts only."""
     return Problem(
         name=name,
         f=f,

@@ -15,10 +15,10 @@ from deq_jax.testing.problems import (
     cosine,
     exponential,
     logistic,
-    no_fixed_point,
     nonnormal,
     rotation,
 )
+from deq_jax.testing.unsolvable import growth, hyperbola, no_fixed_point, prenorm, translation
 from deq_jax.tree import PyTree
 
 
@@ -144,7 +144,7 @@ def all_problems(batch: int = 4, *, dtype: Any = jnp.float32) -> list[Problem]:
 
     Example:
       >>> [problem.name for problem in all_problems() if problem.kind == "unsolvable"]
-      ['no-fixed-point']
+      ['no-fixed-point', 'growth', 'translation', 'prenorm', 'hyperbola']
     """
     return [
         affine(batch, dtype=dtype),
@@ -158,4 +158,8 @@ def all_problems(batch: int = 4, *, dtype: Any = jnp.float32) -> list[Problem]:
         nonnormal(batch, dtype=dtype),
         multiscale(batch, dtype=dtype),
         no_fixed_point(batch, dtype=dtype),
+        growth(batch, dtype=dtype),
+        translation(batch, dtype=dtype),
+        prenorm(batch, dtype=dtype),
+        hyperbola(batch, dtype=dtype),
     ]

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deq_jax.training.errors import UsageError
 from deq_jax.training.metrics import Mean
-from deq_jax.training.parallel import AXIS
+from deq_jax.training.parallel import AXIS, per_device
 from deq_jax.training.task import CARRY, Batch
 
 
@@ -43,6 +43,7 @@ def over_parts(
     keys: tuple[jax.Array, jax.Array],
     parts: int,
     mesh: Mesh | None,
+    axis: str | None = None,
 ) -> Gradients:
     """Computes a batch in parts, for the memory of one part.
 
@@ -56,6 +57,7 @@ def over_parts(
       keys: of masks and probes.
       parts: how many.
       mesh: devices that B is split over; every one computes a part of each part.
+      axis: see `step.make_update`.
 
     Returns:
       Gradients of the whole batch.
@@ -108,7 +110,7 @@ def over_parts(
 
     first = (shared, jnp.int32(0))
     (shared, _), (found, carried) = _scan_sum(
-        one, first, jax.tree.map(split, (dict(batch), carried))
+        one, first, jax.tree.map(split, (dict(batch), carried)), axis
     )
     return _unweighted(found, {**shared, **jax.tree.map(join, carried)})
 
@@ -152,10 +154,12 @@ def _unweighted(found: Gradients, collections: Any) -> Gradients:
     )
 
 
-def _scan_sum(one: Callable[..., Any], first: Any, parts: Any) -> Any:
+def _scan_sum(one: Callable[..., Any], first: Any, parts: Any, axis: str | None) -> Any:
     """`lax.scan` whose first output is summed as it goes, not stacked."""
     shapes = jax.eval_shape(lambda: one(first, jax.tree.map(lambda a: a[0], parts))[1][0])
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    if axis is not None:
+        zeros = per_device(zeros, axis)
 
     def body(before: Any, part: Any) -> Any:
         state, total = before

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import deq_jax as deq
 
+ModelT = TypeVar("ModelT")
 SolverName = Literal["picard", "anderson", "broyden"]
 StopMode = Literal["rel", "abs"]
 
@@ -244,10 +245,10 @@ class TrainConfig:
 class EvalConfig:
     """Evaluation."""
 
-    # The largest budget sizes the history of the solver that also trains: another one would round
-    # differently, so a resumed run must keep it.
-    max_steps: int | None = option(None, "solver budget; none for solver.max_steps")
-    budgets: tuple[int, ...] = option((), "further budgets to evaluate at")
+    max_steps: int | None = option(
+        None, "solver budget; none for solver.max_steps", may_change=True
+    )
+    budgets: tuple[int, ...] = option((), "further budgets to evaluate at", may_change=True)
     spectral_batches: int = option(
         0, "batches on which spectral radius and penalty are measured; 0 for none", may_change=True
     )
@@ -319,16 +320,56 @@ class Config:
         return tuple(sorted({*self.eval.budgets, self.eval_steps}))
 
     def build_solver(self) -> deq.Picard | deq.Anderson | deq.Broyden:
-        """The forward solver, with room for the largest budget of training and evaluation.
+        """Builds the forward solver of training, with room for the largest random budget.
 
-        The training and evaluation steps pass the budget of each solve (`max_steps`) themselves.
+        The training step passes the budget of each solve (`max_steps`) itself.
 
         Returns:
-          A solver whose `max_steps` no budget exceeds.
+          A solver; no budget of a training step exceeds its `max_steps`.
 
         Example:
-          >>> Config(eval=EvalConfig(budgets=(4, 50))).build_solver().max_steps
+          >>> Config(solver=SolverConfig(max_steps=8), jac=JacConfig(budget_high=2)).build_solver()
+          Anderson(tol=0.001, max_steps=10, ...)
+        """
+        return self.solver.build(self.solver.max_steps + self.jac.budget_high)
+
+    def build_eval_solver(self) -> deq.Picard | deq.Anderson | deq.Broyden:
+        """Builds the forward solver of evaluation, with room for the largest budget there.
+
+        It is not the one of training: the length of a history must not depend on how often, or at
+        which budgets, a model is evaluated.
+
+        Returns:
+          A solver; no evaluation budget exceeds its `max_steps`.
+
+        Example:
+          >>> Config(eval=EvalConfig(budgets=(4, 50))).build_eval_solver().max_steps
           50
         """
-        largest = max(self.solver.max_steps + self.jac.budget_high, *self.eval_budgets)
-        return self.solver.build(largest)
+        return self.solver.build(max(self.eval_budgets))
+
+    def in_phase(self, model: ModelT, *, train: bool, warmup: bool) -> ModelT:
+        """Wires a model for one phase: training, its warm-up, or evaluation.
+
+        Args:
+          model: a Linen module with the attributes ``solver`` and ``adjoint``, as `build_solver`
+            wires it; one without ``solver`` (an explicit network) is returned as it is.
+          train: whether the pass is one of training.
+          warmup: whether it belongs to the warm-up, which trains the weight-tied unrolled network.
+
+        Returns:
+          The model with the solver of evaluation, or with ``Unroll(train.warmup_layers)``.
+
+        Example:
+          >>> from deq_jax.models import ScalarDEQ
+          >>> config = Config(eval=EvalConfig(budgets=(50,)))
+          >>> model = ScalarDEQ(solver=config.build_solver())
+          >>> config.in_phase(model, train=False, warmup=False).solver.max_steps
+          50
+        """
+        own: Any = model
+        if not hasattr(own, "solver"):
+            return model
+        if warmup:
+            return own.clone(adjoint=deq.Unroll(self.train.warmup_layers))
+        return model if train else own.clone(solver=self.build_eval_solver())

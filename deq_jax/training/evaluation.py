@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import deq_jax as deq
+from deq_jax import tree
+from deq_jax.implicit import Map
 from deq_jax.training import metrics
 from deq_jax.training.config import Config
 from deq_jax.training.parallel import batch_sharding, make_mesh, replicated
@@ -56,7 +58,8 @@ def make_diagnostic_step(task: Task, config: Config, mesh: Mesh) -> EvalStep:
 
     Returns:
       A jitted `EvalStep` of "spectral_radius" and "penalty" (the squared Frobenius norm over the
-      number of elements of z, the quantity that training weighs).
+      number of elements of z, the quantity that training weighs): means over the examples that are
+      not padding and whose value is finite.
 
     Example:
       >>> sums, _ = make_diagnostic_step(task, config, mesh)(state, batch, 12)  # doctest: +SKIP
@@ -68,10 +71,9 @@ def make_diagnostic_step(task: Task, config: Config, mesh: Mesh) -> EvalStep:
             return {}
         at, mask = output.solution.at, batch["mask"]
         radius = deq.spectral_radius(*at, key=radius_key, iters=config.eval.spectral_iters)
-        penalty = deq.frobenius_penalty(*at, key=penalty_key)
         return {
-            "spectral_radius": metrics.Mean((radius * mask).sum(), mask.sum()),
-            "penalty": metrics.Mean(penalty, jnp.float32(1)),
+            "spectral_radius": _finite_mean(radius, mask),
+            "penalty": _finite_mean(_penalties(*at, key=penalty_key), mask),
         }
 
     return _compile(task, measure, mesh)
@@ -179,6 +181,25 @@ def evaluate(
       >>> evaluate(task, config, state, eval_data)[12]["loss"]  # doctest: +SKIP
     """
     return Evaluator(task, config, eval_data, mesh=mesh, summarize=summarize)(state)
+
+
+def _penalties(f: Map, params: Any, z: Any, x: Any, *, key: jax.Array) -> jax.Array:
+    """`deq.frobenius_penalty` of each sample, [B], from one probe."""
+    _, vjp = jax.vjp(lambda z: f(params, z, x), z)
+    leaves, treedef = jax.tree.flatten(z)
+    keys = jax.random.split(key, len(leaves))
+    probes = [
+        jax.random.normal(k, a.shape, jnp.float32).astype(a.dtype)
+        for k, a in zip(keys, leaves, strict=True)
+    ]
+    (row,) = vjp(jax.tree.unflatten(treedef, probes))
+    return tree.dot(row, row) / sum(a[0].size for a in leaves)
+
+
+def _finite_mean(values: jax.Array, mask: jax.Array) -> metrics.Mean:
+    """Mean over the real examples whose value is finite; where() because 0 * inf is nan."""
+    mask = jnp.where(jnp.isfinite(values), mask, 0)
+    return metrics.Mean(jnp.where(mask > 0, values * mask, 0).sum(), mask.sum())
 
 
 def _compile(

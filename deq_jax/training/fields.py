@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 ConfigT = TypeVar("ConfigT")
@@ -61,30 +62,40 @@ def leaves(config: Any, prefix: str = "") -> Iterator[Leaf]:
             )
 
 
-def replace(config: ConfigT, values: Mapping[str, Any], prefix: str = "") -> ConfigT:
-    """A copy of a configuration with some values replaced, checked anew.
+def replace(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
+    """Copies a configuration with some values replaced, and checks the copy.
 
     Args:
       config: a nested dataclass.
-      values: dotted name -> value; names that the configuration lacks are ignored.
-      prefix: put before every name.
+      values: dotted name -> value.
 
     Returns:
       A configuration of the same type.
 
     Raises:
-      ValueError: a value is refused; the message begins with its dotted name.
+      ValueError: the configuration has no value of a name, or rejects a value; the message begins
+        with the dotted name.
 
     Example:
       >>> from deq_jax.training.config import Config
       >>> replace(Config(), {"solver.max_steps": 7}).solver.max_steps
       7
     """
+    known = [leaf.name for leaf in leaves(config)]
+    for name in values:
+        if name not in known:
+            raise ValueError(
+                f"{name} is not a value of {type(config).__name__}{did_you_mean(name, known)}"
+            )
+    return _replace(config, values, "")
+
+
+def _replace(config: ConfigT, values: Mapping[str, Any], prefix: str) -> ConfigT:
     changes = {}
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         name, value = prefix + field.name, getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            changes[field.name] = replace(value, values, f"{name}.")
+            changes[field.name] = _replace(value, values, f"{name}.")
         elif name in values:
             changes[field.name] = values[name]
     try:
@@ -210,6 +221,27 @@ def optional_of(annotation: Any) -> tuple[Any, bool]:
         if len(inner) == 1 and len(inner) < len(typing.get_args(annotation)):
             return inner[0], True
     return annotation, False
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Suggests names: first those that are spelt alike, then those with the same last part.
+
+    Args:
+      word: what was written.
+      known: the names that exist.
+
+    Returns:
+      The end of a message, empty if nothing is near.
+
+    Example:
+      >>> did_you_mean("solver.max_step", ["solver.max_steps", "solver.tol"])
+      '; did you mean solver.max_steps?'
+    """
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.75)
+    last = word.rpartition(".")[2]
+    close += [n for n in known if n.rpartition(".")[2] == last and n not in close]
+    return f"; did you mean {' or '.join(close[:3])}?" if close else ""
 
 
 def _coerce(value: Any, leaf: Leaf) -> Any:

@@ -7,7 +7,6 @@ the empty tuple), and each of these `| None` (written `none`).
 
 from __future__ import annotations
 
-import difflib
 import sys
 import time
 import traceback
@@ -132,9 +131,8 @@ def find_preset(
         if key in ("--preset", "-preset"):
             name = value if equals else following
     if name not in presets:
-        raise UsageError(
-            f"unknown preset {name!r}; presets: {', '.join(presets)}{_did_you_mean(name, presets)}"
-        )
+        hint = fields.did_you_mean(name, presets)
+        raise UsageError(f"unknown preset {name!r}; presets: {', '.join(presets)}{hint}")
     return name
 
 
@@ -197,7 +195,7 @@ def parse_config(config: ConfigT, argv: Sequence[str], values: absl_flags.FlagVa
     try:
         rest = values(list(argv))
     except absl_flags.UnrecognizedFlagError as error:
-        hint = _did_you_mean(error.flagname, [*names, *_PROCESSES, "preset"])
+        hint = fields.did_you_mean(error.flagname, [*names, *_PROCESSES, "preset"])
         raise UsageError(f"unknown flag --{error.flagname}{hint}") from error
     except absl_flags.Error as error:
         raise UsageError(str(error)) from error
@@ -241,7 +239,7 @@ class _Parser(absl_flags.ArgumentParser):
             raise ValueError(f"expected {self.flag_type()}") from None
         choices = typing.get_args(self.inner)
         if argument not in choices:
-            raise ValueError(f"expected {self.flag_type()}{_did_you_mean(argument, choices)}")
+            raise ValueError(f"expected {self.flag_type()}{fields.did_you_mean(argument, choices)}")
         return argument
 
     def flag_type(self) -> str:
@@ -263,15 +261,6 @@ class _Serializer(absl_flags.ArgumentSerializer):
         if value is None:
             return "none"
         return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _did_you_mean(word: str, known: Any) -> str:
-    """A suggestion: first names that are spelt alike, then names with the same last part."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.75)
-    last = word.rpartition(".")[2]
-    close += [n for n in known if n.rpartition(".")[2] == last and n not in close]
-    return f"; did you mean {' or '.join(close[:3])}?" if close else ""
 
 
 def _end(watch: Watch | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -47,7 +49,7 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
-    """The optimiser: clip, decay, direction, learning rate, in this order.
+    """Builds the optimiser: clip, decay, direction, learning rate, in this order.
 
     Weight decay is added to the (clipped) gradient, except for adamw, which adds it to the step.
 
@@ -56,7 +58,8 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
       total_steps: length of the run, for the schedule.
 
     Returns:
-      An optax transformation of gradients into updates.
+      An optax transformation of gradients into updates.  ``update(..., step=t)`` applies the
+      learning rate of step t; without ``step``, t is the number of updates so far.
 
     Example:
       >>> import optax
@@ -74,5 +77,18 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
         "sgd": [decay, optax.trace(config.momentum, nesterov=config.nesterov)],
     }[config.name]
     clip = [] if config.clip is None else [optax.clip_by_global_norm(config.clip)]
-    rate = optax.scale_by_learning_rate(make_schedule(config, total_steps))
-    return optax.chain(*clip, *direction, rate)
+    return optax.chain(*clip, *direction, _scale_by_rate(make_schedule(config, total_steps)))
+
+
+def _scale_by_rate(rate: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_learning_rate` at a step that the caller may name."""
+    counted = optax.scale_by_learning_rate(rate)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, step: Any = None, **others: Any
+    ) -> tuple[Any, Any]:
+        del others  # those of other transformations in the chain
+        state = state if step is None else state._replace(count=jnp.asarray(step, jnp.int32))
+        return counted.update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(counted.init, update)

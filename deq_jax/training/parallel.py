@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from deq_jax import implicit, tree
 from deq_jax.implicit import Adjoint, BackwardStats, Map
 from deq_jax.solvers import Solution, Solver, SolveStats
+from deq_jax.solvers.base import Keep
 from deq_jax.training.config import Config
 from deq_jax.training.precision import in_bfloat16
 from deq_jax.tree import PyTree
@@ -57,12 +58,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def make_fixed_point(config: Config, mesh: Mesh | None) -> Callable[..., Solution]:
-    """The `fixed_point` that a configuration asks for.
+def make_fixed_point(config: Config, mesh: Mesh | None, x_axes: Any = 0) -> Callable[..., Solution]:
+    """Builds the `fixed_point` that a configuration asks for.
 
     Args:
       config: precision is read.
       mesh: the devices over which solves are split; None for one device.
+      x_axes: which leaves of x are split, see `sharded_fixed_point`.
 
     Returns:
       A function with the signature of `deq_jax.fixed_point`.
@@ -71,7 +73,7 @@ def make_fixed_point(config: Config, mesh: Mesh | None) -> Callable[..., Solutio
       >>> make_fixed_point(Config(), None) is implicit.fixed_point
       True
     """
-    solve = implicit.fixed_point if mesh is None else sharded_fixed_point(mesh)
+    solve = implicit.fixed_point if mesh is None else sharded_fixed_point(mesh, x_axes)
     return in_bfloat16(solve) if config.precision == "bf16" else solve
 
 
@@ -103,40 +105,50 @@ def leaf_sharding(leaf: Any, mesh: Mesh, shard_above: int | None) -> NamedShardi
     )
 
 
-def sharded_fixed_point(mesh: Mesh) -> Callable[..., Solution]:
+def sharded_fixed_point(
+    mesh: Mesh, x_axes: Any = 0, *, axis: str = AXIS
+) -> Callable[..., Solution]:
     """Makes a `fixed_point` that each device runs on its own samples.
 
     Under plain jit the test for convergence is one all-reduce per step, and all devices wait for
     the slowest sample.  Here the forward and the backward loop stand inside `jax.shard_map`:
-    no communication in either, and each device stops with its own samples; gradients of ``params``
-    are summed once, after the backward loop.
+    neither communicates, and each device stops with its own samples.  Gradients of ``params`` and
+    of replicated leaves of ``x`` are summed once, after the backward loop.
 
-    Leaves of ``x`` whose leading axis has the length of the batch are split, all others and
-    ``params`` are replicated.  f must not communicate between samples (no batch statistics).
+    ``z0`` is split along its leading axis, ``params`` are replicated, and ``x_axes`` says the same
+    of ``x``, as ``in_axes`` does for `jax.vmap`.  f must not communicate between samples (no batch
+    statistics).
 
     Args:
-      mesh: from `make_mesh`; its size must divide the batch.
+      mesh: devices, from `make_mesh` or `jax.make_mesh`; its axes may be Auto or Explicit.  A
+        gradient outside jit on an Explicit mesh needs `jax.set_mesh`, as every JAX gradient there.
+      x_axes: 0 for leaves of ``x`` ``[B, ...]``, which are split, None for leaves that every device
+        gets whole; or a tree prefix of ``x`` with these as leaves.  A cell with masks gets
+        ``x = (operands, masks)``.
+      axis: name of the mesh axis that splits the batch; its size must divide B.
 
     Returns:
-      A function with the signature of `deq_jax.fixed_point`.
+      A function with the signature of `deq_jax.fixed_point`, except that ``z0`` must have a batch
+      axis.
 
     Raises:
-      ValueError: (from the function) if the batch does not divide by the number of devices.
+      ValueError: the mesh has no such axis; (from the function) B does not divide by the devices,
+        ``batched`` is False, or a leaf that is to be split has another leading axis than ``z0``.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from deq_jax import Picard
-      >>> solve = sharded_fixed_point(make_mesh())
-      >>> f = lambda params, z, x: 0.5 * z + x
+      >>> solve = sharded_fixed_point(make_mesh(), {"input": 0, "bias": None})
+      >>> f = lambda params, z, x: 0.5 * z + x["input"] + x["bias"]
       >>> one = jnp.ones((jax.device_count(), 1))
-      >>> sol = solve(f, None, jnp.zeros_like(one), one, solver=Picard(tol=1e-6))
+      >>> x = {"input": one, "bias": jnp.ones((1, 1))}
+      >>> sol = solve(f, None, jnp.zeros_like(one), x, solver=Picard(tol=1e-6))
       >>> round(float(sol.value[0, 0]), 3)
-      2.0
+      4.0
     """
+    _check_axis(mesh, axis)
     whole: Any = PartitionSpec()
-    split: Any = PartitionSpec(AXIS)
-    by_step: Any = PartitionSpec(None, AXIS)
-    stats = SolveStats(num_steps=split, residual=split, converged=split, trace=by_step)
+    split: Any = PartitionSpec(axis)
 
     def fixed_point(
         f: Map,
@@ -148,55 +160,118 @@ def sharded_fixed_point(mesh: Mesh) -> Callable[..., Solution]:
         adjoint: Adjoint | None = None,
         max_steps: int | jax.Array | None = None,
         probe: BackwardStats | None = None,
+        keep: Keep = "best",
+        batched: bool | None = None,
+        trace: bool = True,
     ) -> Solution:
-        batch = tree.batch_size(z0)
-        if batch % mesh.size:
+        if batched is False:
             raise ValueError(
-                f"got a batch of {batch} for {mesh.size} devices; wanted a multiple; change the "
-                "batch size, or pad the last batch and mask it"
+                "got batched=False; wanted a z0 with a batch axis, along which the solve is split: "
+                "call deq_jax.fixed_point for a single state"
             )
-        static = max_steps is None or isinstance(max_steps, int)
-        budget = [] if max_steps is None or static else [jnp.asarray(max_steps)]
+        is_split = split_leaves(x, _check_batch(z0, mesh.shape[axis]), x_axes)
+        traced = isinstance(max_steps, jax.Array)
+        budget = [max_steps] if traced else []
 
         def local(
             params: PyTree, z0: PyTree, x: PyTree, probe: BackwardStats | None, *budget: jax.Array
         ) -> Solution:
-            params = jax.tree.map(_per_device, params)
-            x = jax.tree.map(lambda a, s: a if s == split else _per_device(a), x, spec)
+            x = jax.tree.map(lambda a, s: a if s else per_device(a, axis), x, is_split)
             return implicit.fixed_point(
                 f,
-                params,
+                per_device(params, axis),
                 z0,
                 x,
                 solver=solver,
                 adjoint=adjoint,
-                max_steps=max_steps if static else budget[0],
+                max_steps=budget[0] if traced else max_steps,
                 probe=probe,
+                keep=keep,
+                batched=batched,
+                trace=trace,
             )
 
-        spec = jax.tree.map(lambda a: split if np.shape(a)[:1] == (batch,) else whole, x)
-        return jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(whole, split, spec, split, *(whole for _ in budget)),
-            out_specs=Solution(value=split, stats=stats),
-        )(params, z0, x, probe, *budget)
+        spec = jax.tree.map(lambda s: split if s else whole, is_split)
+        in_specs = (whole, split, spec, split, *(whole for _ in budget))
+        by_step: Any = PartitionSpec(None, axis) if trace else None
+        stats = SolveStats(num_steps=split, residual=split, converged=split, trace=by_step)
+        mapped = _shard_map(local, mesh, axis, in_specs, Solution(value=split, stats=stats))
+        return mapped(params, z0, x, probe, *budget)
 
     return fixed_point
 
 
-def sharded_map(mesh: Mesh) -> Callable[[Callable[..., PyTree]], Callable[..., PyTree]]:
+def split_leaves(x: PyTree, batch: int, x_axes: Any = 0) -> PyTree:
+    """Reads off ``x_axes`` which leaves of ``x`` hold one entry for each sample.
+
+    Args:
+      x: any tree.
+      batch: B.
+      x_axes: see `sharded_fixed_point`.
+
+    Returns:
+      A tree like ``x``: True for the leaves whose leading axis is the batch, else False.
+
+    Raises:
+      ValueError: ``x_axes`` is not a tree prefix of ``x`` with leaves 0 and None, or a leaf of
+        ``x`` under a 0 does not have the leading axis B.
+
+    Example:
+      >>> import numpy as np
+      >>> split_leaves({"u": np.ones((4, 2)), "r": np.ones(2)}, 4, {"u": 0, "r": None})
+      {'r': False, 'u': True}
+    """
+
+    def part(path: Any, axis: Any, below: PyTree) -> PyTree:
+        if axis is not None and (isinstance(axis, bool) or axis != 0):
+            raise ValueError(
+                f"got x_axes{jax.tree_util.keystr(path)} = {axis!r}; wanted 0 to split the leading "
+                "axis, or None to replicate"
+            )
+
+        def leaf(rest: Any, a: Any) -> bool:
+            if axis is not None and np.shape(a)[:1] != (batch,):
+                name = f"x{jax.tree_util.keystr((*path, *rest))}"
+                raise ValueError(
+                    f"got {name} of shape {np.shape(a)} for a batch of {batch}; wanted a leading "
+                    f"axis of {batch}, along which x is split; for what all samples share, pass "
+                    "x_axes with None at this place"
+                )
+            return axis is not None
+
+        return jax.tree_util.tree_map_with_path(leaf, below)
+
+    def is_none(a: Any) -> bool:
+        return a is None
+
+    try:
+        jax.tree.structure(x_axes, is_leaf=is_none).flatten_up_to(x)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"got x_axes = {x_axes} for x of structure {jax.tree.structure(x)}; wanted a tree "
+            "prefix of x with leaves 0 and None, as in_axes of jax.vmap"
+        ) from error
+    return jax.tree_util.tree_map_with_path(part, x_axes, x, is_leaf=is_none)
+
+
+def sharded_map(
+    mesh: Mesh, *, axis: str = AXIS
+) -> Callable[[Callable[..., PyTree]], Callable[..., PyTree]]:
     """Makes functions run on every device's own examples, without communication.
 
     For work whose amount depends on the examples, such as sorting words by frequency: under plain
     jit it would be done with the examples of all devices gathered.
 
     Args:
-      mesh: from `make_mesh`; its size must divide the batch.
+      mesh: devices; see `sharded_fixed_point`.
+      axis: name of the mesh axis that splits the batch; its size must divide B.
 
     Returns:
       A wrapper of functions ``(params, *examples) -> examples``, trees of arrays ``[B, ...]`` but
       for params, whose gradients are summed over the devices.
+
+    Raises:
+      ValueError: the mesh has no such axis.
 
     Example:
       >>> import jax.numpy as jnp
@@ -204,25 +279,88 @@ def sharded_map(mesh: Mesh) -> Callable[[Callable[..., PyTree]], Callable[..., P
       >>> double(2.0 * jnp.ones(()), jnp.ones(jax.device_count())).sum() == 2 * jax.device_count()
       Array(True, dtype=bool)
     """
+    _check_axis(mesh, axis)
     whole: Any = PartitionSpec()
-    split: Any = PartitionSpec(AXIS)
+    split: Any = PartitionSpec(axis)
 
     def wrap(f: Callable[..., PyTree]) -> Callable[..., PyTree]:
         def local(params: PyTree, *examples: PyTree) -> PyTree:
-            return f(jax.tree.map(_per_device, params), *examples)
+            return f(per_device(params, axis), *examples)
 
         def mapped(params: PyTree, *examples: PyTree) -> PyTree:
             specs = (whole, *(split for _ in examples))
-            return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=split)(
-                params, *examples
-            )
+            return _shard_map(local, mesh, axis, specs, split)(params, *examples)
 
         return mapped
 
     return wrap
 
 
-def _per_device(a: jax.Array) -> jax.Array:
-    """Marks a replicated array as one copy a device, so that its gradients are summed outside."""
-    differentiable = jnp.issubdtype(a.dtype, jnp.inexact)
-    return jax.lax.pcast(a, AXIS, to="varying") if differentiable else a
+def per_device(arrays: PyTree, axis: str) -> PyTree:
+    """Marks replicated arrays as one copy a device.
+
+    Inside `jax.shard_map` (with check_vma) the gradient by a replicated array is summed over the
+    devices by autodiff; by a marked one it is left to the caller.
+
+    Args:
+      arrays: any tree, replicated over the axis.
+      axis: name of the mesh axis.
+
+    Returns:
+      The tree, marked; as it is outside of `jax.shard_map`, as under `jax.pmap` and `jax.vmap`.
+
+    Example:
+      >>> per_device(1.0, "data")
+      1.0
+    """
+    if axis not in jax.sharding.get_abstract_mesh().manual_axes:
+        return arrays
+    return jax.tree.map(lambda a: jax.lax.pcast(a, axis, to="varying"), arrays)
+
+
+def _check_axis(mesh: Mesh, axis: str) -> None:
+    if axis not in mesh.axis_names:
+        raise ValueError(
+            f"got axis={axis!r} for a mesh with the axes {mesh.axis_names}; wanted the one that "
+            "splits the batch: pass axis="
+        )
+
+
+def _check_batch(z0: PyTree, devices: int) -> int:
+    batch = tree.batch_size(z0)
+    if batch % devices:
+        raise ValueError(
+            f"got a batch of {batch} for {devices} devices; wanted a multiple; change the "
+            "batch size, or pad the last batch and mask it"
+        )
+    return batch
+
+
+def _shard_map(
+    local: Callable[..., Any], mesh: Mesh, axis: str, in_specs: tuple[Any, ...], out_specs: Any
+) -> Callable[..., Any]:
+    """`jax.shard_map` over one axis; other axes of the mesh stay as they are.
+
+    Over an Explicit axis, operands that are placed in another way are moved first.
+    """
+    mapped = jax.shard_map(
+        local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names={axis}
+    )
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if kinds[axis] != AxisType.Explicit:
+        return mapped
+
+    def move(spec: PartitionSpec, part: PyTree) -> PyTree:
+        def leaf(a: Any) -> jax.Array:
+            a = jnp.asarray(a)
+            own = jax.typeof(a).sharding.spec
+            others = [None if name == axis else name for name in own]
+            others[: len(spec)] = spec
+            return jax.reshard(a, NamedSharding(mesh, PartitionSpec(*others)))
+
+        return jax.tree.map(leaf, part)
+
+    def is_spec(a: Any) -> bool:
+        return isinstance(a, PartitionSpec)
+
+    return lambda *operands: mapped(*jax.tree.map(move, in_specs, operands, is_leaf=is_spec))

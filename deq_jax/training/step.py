@@ -16,7 +16,7 @@ from deq_jax.training import accumulation, metrics, regularize
 from deq_jax.training.accumulation import Gradients
 from deq_jax.training.config import Config
 from deq_jax.training.optim import make_schedule
-from deq_jax.training.parallel import batch_sharding, replicated
+from deq_jax.training.parallel import batch_sharding, per_device, replicated
 from deq_jax.training.state import TrainState, abstract_state, split_seed
 from deq_jax.training.task import CORRUPT, Batch, Output, Task
 
@@ -70,16 +70,19 @@ def make_update(
 
         minimise  loss(params) + gamma(step) * Bernoulli(prob) * penalty(params)
 
-    An update is left out if objective or gradient is not finite: the state stays as it was but for
-    its step, and the metrics count nothing but "skipped".
+    If the objective or the gradient is not finite, the update is skipped: only ``step`` advances,
+    and the step contributes to no metric except "skipped".  The learning rate is a function of
+    ``step``, also after a skipped update.
 
     Args:
       task: model and loss.
       config: the whole configuration.
-      optimizer: from `optim.make_optimizer`.
+      optimizer: from `optim.make_optimizer`; another one applies its own learning rate, by its own
+        count of updates, and is called with ``step=state.step`` if it takes extra arguments.
       mesh: the devices that jit splits the batch over; None for one device, or with `axis`.
-      axis: name of the axis of `jax.pmap` or `jax.shard_map` in which every device calls this with
-        its own part of the batch: gradients, metrics and ``extra`` are averaged over it.
+      axis: name of the axis of `jax.pmap` or `jax.shard_map` (with any ``check_vma``) in which
+        every device calls this with the same state and its own part of the batch: gradients,
+        metrics and ``extra`` are averaged over it.  ``carry`` is each device's own.
       warmup: True for the phase that trains the weight-tied unrolled network.
 
     Returns:
@@ -93,7 +96,8 @@ def make_update(
     """
     root = split_seed(config.train.seed)[1]
     learning_rate = make_schedule(config.optim, config.train.steps)
-    gradients = _make_gradients(task, config, warmup)
+    gradients = _make_gradients(task, config, warmup, axis)
+    apply = optax.with_extra_args_support(optimizer).update
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, metrics.Mean]]:
         model_key, draw_key, probe_key = jax.random.split(jax.random.fold_in(root, state.step), 3)
@@ -101,17 +105,22 @@ def make_update(
         if axis is not None:
             index = jax.lax.axis_index(axis)
             model_key, probe_key = (jax.random.fold_in(k, index) for k in (model_key, probe_key))
+        params, collections = state.params, state.collections()
+        if axis is not None:  # over_devices sums the gradients; autodiff must not
+            params, extra = per_device((params, state.extra), axis)
+            collections = dataclasses.replace(state, extra=extra).collections()
         found = accumulation.over_parts(
-            lambda *part: gradients(state.params, drawn, *part),
-            state.collections(),
+            lambda *part: gradients(params, drawn, *part),
+            collections,
             batch,
             (model_key, probe_key),
             config.accumulate,
             mesh,
+            axis,
         )
         if axis is not None:
             found = accumulation.over_devices(found, axis)
-        updates, opt_state = optimizer.update(found.grads, state.opt_state, state.params)
+        updates, opt_state = apply(found.grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
 
         norm = optax.tree.norm(found.grads)
@@ -136,7 +145,9 @@ def _select(condition: jax.Array, yes: Any, no: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
-def _make_gradients(task: Task, config: Config, warmup: bool) -> Callable[..., Gradients]:
+def _make_gradients(
+    task: Task, config: Config, warmup: bool, axis: str | None
+) -> Callable[..., Gradients]:
     """Gradients and metrics of one part of a batch."""
     penalised = regularize.is_used(config, warmup=warmup)
 
@@ -158,12 +169,15 @@ def _make_gradients(task: Task, config: Config, warmup: bool) -> Callable[..., G
             )
             penalty = jnp.float32(0)
             if penalised:
-                penalty = _penalty(output, drawn.penalise, probe_key, config.jac.probes)
+                none = jnp.float32(0) if axis is None else per_device(jnp.float32(0), axis)
+                penalty = _penalty(output, drawn.penalise, probe_key, config.jac.probes, none)
             return output.loss + drawn.gamma * penalty, (output, penalty)
 
         # The gradient with respect to the probe is no gradient: it carries the statistics of the
         # backward solve.  The unrolled network has no such solve.
-        probe = None if warmup else deq.backward_probe(batch["mask"])
+        probe = None if warmup else deq.backward_probe(jnp.zeros(jnp.shape(batch["mask"])))
+        if axis is not None:
+            probe = per_device(probe, axis)
         (value, (output, penalty)), (grads, backward) = jax.value_and_grad(
             objective, argnums=(0, 1), has_aux=True
         )(params, probe)
@@ -226,8 +240,10 @@ def _masked(values: jax.Array, mask: jax.Array) -> metrics.Mean:
     return metrics.Mean(jnp.where(mask > 0, values * mask, 0).sum(), mask.sum())
 
 
-def _penalty(output: Output, penalise: jax.Array, key: jax.Array, probes: int) -> jax.Array:
-    """The penalty at the solution if `penalise`, else 0 without computing it."""
+def _penalty(
+    output: Output, penalise: jax.Array, key: jax.Array, probes: int, none: jax.Array
+) -> jax.Array:
+    """The penalty at the solution if `penalise`, else `none` without computing it."""
     if output.solution is None:
         raise ValueError(
             "got Output.solution=None with a Jacobian penalty; wanted the solution of the DEQ "
@@ -238,5 +254,5 @@ def _penalty(output: Output, penalise: jax.Array, key: jax.Array, probes: int) -
     return jax.lax.cond(
         penalise,
         lambda: deq.frobenius_penalty(*at, key=key, probes=probes).astype(jnp.float32),
-        lambda: jnp.float32(0),
+        lambda: none,
     )

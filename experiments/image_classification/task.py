@@ -33,10 +33,8 @@ class ImageTask:
         data = config.data
         self._sample = (mesh.size, data.size, data.size, data.colors)
         self.classes = config.model.classes
+        self._config = config
         self.model = build_model(config, mesh)
-        self.tied = self.model
-        if isinstance(self.model, MDEQ):
-            self.tied = trunk.unrolled(self.model, config)
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Draws the initial weights; see `deq_jax.training.Task`."""
@@ -56,7 +54,7 @@ class ImageTask:
     ) -> Output:
         """Logits, loss and accuracy of a batch; see `deq_jax.training.Task`."""
         logits, solution, extra = trunk.forward(
-            self.tied if warmup else self.model,
+            self._config.in_phase(self.model, train=train, warmup=warmup),
             params,
             extra,
             batch["image"],

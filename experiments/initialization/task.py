@@ -33,7 +33,7 @@ class MLPTask:
           inputs: numbers in an example.
           classes: number of classes.
         """
-        self._inputs = inputs
+        self._config, self._inputs = config, inputs
         self.model = mlp.MLPDEQ(
             outputs=classes,
             width=config.model.width,
@@ -76,8 +76,9 @@ class MLPTask:
         probe: Any,
     ) -> Output:
         """Logits, loss and accuracy of a batch; see `deq_jax.training.Task`."""
-        del key, warmup  # nothing is drawn; the configuration refuses a warm-up phase
-        applied: Any = self.model.apply(
+        del key  # nothing is drawn
+        model = self._config.in_phase(self.model, train=train, warmup=warmup)
+        applied: Any = model.apply(
             {"params": params}, batch["x"], train=train, max_steps=max_steps, probe=probe
         )
         logits, solution = applied

@@ -103,10 +103,11 @@ def sample(
     """
     part = config.sample
     memory = task.model.empty_memory(part.count, config.data.eval_memory)
+    model = config.in_phase(task.model, train=False, warmup=False)
 
     @jax.jit
     def step(params: Any, words: jax.Array, memory: Any, key: jax.Array) -> Any:
-        log_probs, memory = task.model.apply(
+        log_probs, memory = model.apply(
             {"params": params}, words[:, None], memory, max_steps=config.eval_steps,
             method="next_word",
         )  # fmt: skip

@@ -37,7 +37,7 @@ def run(config: LanguageConfig) -> dict[str, report.Trained]:
     texts, mesh = build_data(config), make_mesh()  # before anything is written: it may be missing
     make_task = partial(LanguageTask, mesh=mesh, words=len(texts.corpus.vocabulary))
     if config.diagnose:
-        shared.show(diagnose.run(parts(config), make_task, texts.train, mesh))
+        shared.show(diagnose.run(parts(config), make_task, texts.train, mesh, LanguageTask.x_axes))
         return {}
     folder, trained = train_all(config, make_task, texts.train, texts.watched, mesh)
     shared.show(report.write(folder, config, trained, texts, mesh))

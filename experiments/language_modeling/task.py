@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-import deq_jax as deq
 from deq_jax.models.embeddings import AdaptiveEmbedding
 from deq_jax.models.transformer import DEQTransformer, ExplicitTransformer
 from deq_jax.models.transformer_cell import Memory, TransformerCell
@@ -23,7 +22,13 @@ from experiments.language_modeling.config import LanguageConfig
 
 
 class LanguageTask:
-    """Mean negative log-likelihood of the next word, with a memory that is carried on."""
+    """Mean negative log-likelihood of the next word, with a memory that is carried on.
+
+    Attributes:
+      x_axes: which operands of a solve are split by streams, for `sharded_fixed_point`.
+    """
+
+    x_axes = TransformerCell.x_axes
 
     def __init__(self, config: LanguageConfig, mesh: Mesh | None, words: int) -> None:
         """Wires the model.
@@ -32,12 +37,22 @@ class LanguageTask:
           config: all but optim is read.
           mesh: the devices over which solve and softmax are split; None for one device.
           words: size of the vocabulary.
+
+        Raises:
+          UsageError: a batch does not divide by the devices.
         """
+        devices = 1 if mesh is None else mesh.size
+        sizes = {
+            "train.batch_size": config.train.batch_size,
+            "data.eval_batch_size": config.data.eval_batch_size,
+        }
+        for name, size in sizes.items():
+            if size % devices:
+                raise UsageError(
+                    f"got --{name}={size} for {devices} devices; wanted a multiple of {devices}"
+                )
         self._config = config
         self.model = build_model(config, mesh, words)
-        self.tied = self.model
-        if isinstance(self.model, DEQTransformer):
-            self.tied = self.model.clone(adjoint=deq.Unroll(config.train.warmup_layers))
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Draws the initial weights; see `deq_jax.training.Task`."""
@@ -69,7 +84,7 @@ class LanguageTask:
         """Loss of a batch of segments; see `deq_jax.training.Task`."""
         memory = extra[CARRY]
         memory = dataclasses.replace(memory, filled=jnp.where(batch["fresh"] > 0, 0, memory.filled))
-        model = self.tied if warmup else self.model
+        model = self._config.in_phase(self.model, train=train, warmup=warmup)
         applied: Any = model.apply(
             {"params": params},
             batch["words"],
@@ -151,6 +166,6 @@ def build_model(
     return DEQTransformer(
         solver=config.build_solver(),
         adjoint=config.backward.build_adjoint(),
-        fixed_point=make_fixed_point(config, mesh),
+        fixed_point=make_fixed_point(config, mesh, LanguageTask.x_axes),
         **common,
     )

@@ -53,12 +53,12 @@ class SegmentationTask:
                 f"got {len(names)} names and weights of shape {np.shape(weights)}; wanted "
                 f"model.classes = {part.classes} of each"
             )
+        self._config = config
         self.names, self.weights = tuple(names), np.asarray(weights, np.float32)
         self._sample = (mesh.size, *config.data.crop, 3)
         self.model = trunk.build_mdeq(
             config, part, SegmentationHead(part.classes, part.momentum), mesh
         )
-        self.tied = trunk.unrolled(self.model, config)
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Draws the initial weights; see `deq_jax.training.Task`."""
@@ -78,7 +78,7 @@ class SegmentationTask:
     ) -> Output:
         """Loss and confusion matrix of a batch; see `deq_jax.training.Task`."""
         scores, solution, extra = trunk.forward(
-            self.tied if warmup else self.model,
+            self._config.in_phase(self.model, train=train, warmup=warmup),
             params,
             extra,
             batch["image"],
@@ -107,7 +107,7 @@ class SegmentationTask:
           int32 [B, H, W].
         """
         scores, _, _ = trunk.forward(
-            self.model,
+            self._config.in_phase(self.model, train=False, warmup=False),
             params,
             extra,
             images,

@@ -142,7 +142,7 @@ def draw(path: Path, config: ToyConfig, trained: Mapping[float, Trained]) -> Non
       trained: gamma -> model.
     """
     figure, axes = shared.new_figure(1, len(trained), (3.6 * len(trained), 4.3))
-    solver = config.build_solver()
+    solver = config.build_eval_solver()
     targets = [float(synthetic.curve(np.asarray(x, np.float64))) for x in INPUTS]
     low, high = min(*targets, 0) - 2.5, max(*targets, 0) + 2.5
     line = np.linspace(low, high, 400, dtype=np.float32)

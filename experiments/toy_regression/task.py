@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-import deq_jax as deq
 from deq_jax.data import pipeline, synthetic
 from deq_jax.models.mlp import ScalarDEQ
 from deq_jax.training import Batch, DataIterator, EvalData, Output, UsageError
@@ -29,7 +28,7 @@ class ToyTask:
           config: solver, backward, train and model are read.
           mesh: the devices over which the solve is split.
         """
-        self._devices = mesh.size
+        self._config, self._devices = config, mesh.size
         self.model = ScalarDEQ(
             solver=config.build_solver(),
             adjoint=config.backward.build_adjoint(),
@@ -37,7 +36,6 @@ class ToyTask:
             weights=config.model.build_weights(),
             fixed_point=make_fixed_point(config, mesh),
         )
-        self.tied = self.model.clone(adjoint=deq.Unroll(config.train.warmup_layers))
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Draws the initial weights; see `deq_jax.training.Task`."""
@@ -58,7 +56,7 @@ class ToyTask:
     ) -> Output:
         """Predictions and squared error of a batch; see `deq_jax.training.Task`."""
         del key  # nothing is drawn
-        model = self.tied if warmup else self.model
+        model = self._config.in_phase(self.model, train=train, warmup=warmup)
         applied: Any = model.apply(
             {"params": params}, batch["x"], train=train, max_steps=max_steps, probe=probe
         )
