@@ -174,3 +174,46 @@ def test_scaling_measures_a_case_and_puts_it_beside_failures():
     assert plain["executed"] - ours["executed"] == ordered["tests"]
     text = _scaling_tables.times([*rows, {**vars(case), "error": "out of memory"}])
     assert "| uneven | 2 | 8 | failed: out of memory |" in text and "| plain jit |" in text
+
+
+def test_kernels_are_read_from_a_compiled_program():
+    """One iteration: a fusion that writes in place, one that does not, a copy, a library call."""
+    text = """HloModule jit_go
+
+%in_place (p: f32[4,8], q: f32[8]) -> f32[4,8] {
+  ROOT %u = f32[4,8]{1,0} dynamic-update-slice(%p, %q, %i)
+}
+
+%whole (p: f32[4,8]) -> (f32[4,8], f32[]) {
+  ROOT %t = (f32[4,8]{1,0}, f32[]) tuple(%p, %z)
+}
+
+%branch (p: f32[8]) -> f32[8] {
+  ROOT %c = f32[8]{0} copy(%p)
+}
+
+%body (s: (f32[4,8], f32[8])) -> (f32[4,8], f32[8]) {
+  %g = f32[4,8]{1,0} get-tuple-element(%s), index=0
+  %a = f32[4,8]{1,0} fusion(%g, %h), kind=kLoop, calls=%in_place
+  %b = (f32[4,8]{1,0}, f32[]) fusion(%g), kind=kLoop, calls=%whole
+  %d = f32[8]{0} conditional(%i, %h, %h), branch_computations={%branch, %branch}
+  %e = (f32[2]{0}, u8[0]{0}) custom-call(%h), custom_call_target="__cublas$gemm"
+  ROOT %r = (f32[4,8]{1,0}, f32[8]{0}) tuple(%a, %d)
+}
+
+%test (s: (f32[4,8], f32[8])) -> pred[] {
+  ROOT %l = pred[] fusion(%s), kind=kLoop, calls=%whole
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %w = (f32[4,8]{1,0}, f32[8]{0}) while(%t), condition=%test, body=%body
+  ROOT %o = f32[8]{0} copy(%y)
+}
+"""
+    ((body, test),) = _scaling_program.loops(text)
+    assert (body.fusions, body.copies, body.calls, body.conditionals) == (2, 2, 1, 1)
+    assert body.total == 5 and body.loops == 0 and max(body.written) == 4 * 32
+    assert body.written.count(4 * 32) == 1  # the one in place is not
+    assert test.total == 1
+    whole = _scaling_program.kernels(text)
+    assert (whole.total, whole.loops) == (body.total + test.total + 1, 1)

@@ -33,26 +33,23 @@ def contraction(p, z, x):
     ids=lambda s: type(s).__name__,
 )
 def test_a_solve_of_any_batch_is_exported_for_all_platforms(solver):
-    def run(p, x):
-        return deq.fixed_point(contraction, p, jnp.zeros_like(x), x, solver=solver).value
-
+    @jax.jit
     def gradient(p, x):
-        return jax.grad(lambda p, x: run(p, x).sum(), (0, 1))(p, x)
+        def loss(p, x):
+            z = deq.fixed_point(contraction, p, jnp.zeros_like(x), x, solver=solver).value
+            return z.sum(), z
 
-    def both(p, x):
-        return run(p, x), gradient(p, x)
+        return jax.grad(loss, (0, 1), has_aux=True)(p, x)
 
     (batch,) = export.symbolic_shape("batch")
     shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 6), (batch, 6)))
-    exported = export.export(jax.jit(both), platforms=PLATFORMS)(*shapes)
+    exported = export.export(gradient, platforms=PLATFORMS)(*shapes)
     assert exported.platforms == PLATFORMS
-    p = jnp.linspace(0.1, 0.5, 6)[None]
-    for size in (1, 3):
-        x = jax.random.normal(jax.random.key(size), (size, 6))
-        for ours, plain in zip(
-            jax.tree.leaves(exported.call(p, x)), jax.tree.leaves(jax.jit(both)(p, x)), strict=True
-        ):
-            np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
+    p, x = jnp.linspace(0.1, 0.5, 6)[None], jax.random.normal(jax.random.key(0), (3, 6))
+    for ours, plain in zip(
+        jax.tree.leaves(exported.call(p, x)), jax.tree.leaves(gradient(p, x)), strict=True
+    ):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
 
 
 def image_task(mesh):

@@ -216,10 +216,12 @@ def _standardise(x: jax.Array, groups: int, eps: float) -> tuple[jax.Array, jax.
 @_standardise.defjvp
 def _standardise_jvp(groups: int, eps: float, primals: Any, tangents: Any) -> tuple[Any, Any]:
     """Autodiff would read x once more, for a mean that is zero, and keep more arrays."""
-    y, rate = _standardise(*primals, groups, eps)
-    dx = rate * tangents[0]
+    (x,), (dx,) = primals, tangents
+    outputs: Any = _standardise(x, groups, eps)
+    y, rate = outputs
+    dx = rate * dx
     along = _group_mean(y * dx, groups)
-    return (y, rate), (dx - _group_mean(dx, groups) - y * along, -rate * along)
+    return outputs, (dx - _group_mean(dx, groups) - y * along, -rate * along)
 
 
 def _sum_both(a: jax.Array, b: jax.Array, axes: tuple[int, ...]) -> Any:
