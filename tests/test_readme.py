@@ -40,7 +40,7 @@ def test_ci_runs_the_commands_of_the_readme():
     command = re.search(r"python (-m pytest.*)\n", tests)
     assert install and command
     assert f"pip {install[1]}\n" in ci
-    assert re.search(rf"^python {re.escape(command[1])}( \| tee .*)?$", ci, re.MULTILINE)
+    assert f"python {command[1]} | tee " in ci
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", README))

@@ -68,7 +68,7 @@ def test_wheel_needs_the_core_dependencies_only(tmp_path):
 
     run(sys.executable, "-m", "venv", "--without-pip", "env", cwd=tmp_path)
     python = tmp_path / "env" / "bin" / "python"
-    install = ["install", "--quiet", "--no-deps", "--no-index", wheel]
+    install = ["install", "--quiet", "--no-deps", "--no-index", "--ignore-installed", wheel]
     run(sys.executable, "-m", "pip", "--python", python, *install, cwd=tmp_path)
     (packages,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
     for distribution in map(importlib.metadata.distribution, CORE):
