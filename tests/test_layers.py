@@ -111,7 +111,7 @@ def test_linen_and_nnx_agree_in_value_and_gradient(reparam):
     def nnx_loss(layer):
         return jnp.sum(layer(z0, x).value ** 2)
 
-    np.testing.assert_allclose(linen_loss(variables), nnx_loss(layer), rtol=1e-6)
+    np.testing.assert_allclose(linen_loss(variables), nnx_loss(layer), rtol=1e-5)
     ours = jax.jit(jax.grad(linen_loss))(variables)["params"]["f"]["Dense_0"]
     theirs = nnx.to_pure_dict(nnx.jit(nnx.grad(nnx_loss))(layer))["cell"]["dense"]
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)

@@ -195,7 +195,7 @@ def start(model, images):
 @pytest.mark.parametrize("activation", [jnp.tanh, jax.nn.relu, mlp.hard_tanh, mlp.identity])
 def test_mlp_deq(activation):
     model = mlp.MLPDEQ(
-        outputs=3, width=16, solver=deq.Anderson(tol=1e-6, max_steps=60), activation=activation
+        outputs=3, width=16, solver=deq.Anderson(tol=1e-5, max_steps=60), activation=activation
     )
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
     variables = start(model, x)
