@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import re
+from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
@@ -209,6 +210,9 @@ def test_unrolling_does_grow_with_its_steps():
     assert memory(50) - memory(10) >= 40 * B * D * 4
 
 
+@pytest.mark.skipif(
+    version("jaxlib") in ("0.10.0", "0.10.1"), reason="the compiler of jaxlib 0.10.0 copies it"
+)
 @pytest.mark.parametrize("solver", SOLVERS[1:], ids=lambda s: type(s).__name__)
 def test_the_history_of_one_sample_is_not_copied_in_the_loop(solver):
     """S1: XLA removed the batch axis, and kept the history in both shapes."""
