@@ -24,6 +24,7 @@ from deq_jax.solvers.base import (
     check_solver,
     iterate,
     serializable,
+    solve_traced,
     split_budget,
     trace_map,
     without_batch,
@@ -156,10 +157,8 @@ class Implicit:
         trace: bool,
     ) -> Solution:
         """See `Adjoint`."""
-        program, consts, z0, static, budget = _prepare(f, params, z0, x, solver, max_steps)
-        out: Any = _implicit(
-            program, solver, self.solver, static, keep, trace, consts, params, z0, x, budget, probe
-        )
+        program, operands, how = _prepare(f, params, z0, x, solver, max_steps, keep, trace)
+        out: Any = _implicit(program, self.solver, how, operands, probe)
         return Solution(*out)
 
 
@@ -211,12 +210,12 @@ class Unroll:
     ) -> Solution:
         """See `Adjoint`; there is no backward solve, so ``probe`` gets the gradient zero."""
         del probe
-        program, consts, z0, static, budget = _prepare(f, params, z0, x, solver, max_steps)
-        held = lax.stop_gradient((consts, params, z0, x))
-        start, stats = traced.call(_solve, program, (solver, static, keep, trace), *held, budget)
+        program, operands, how = _prepare(f, params, z0, x, solver, max_steps, keep, trace)
+        held = lax.stop_gradient(operands)
+        start, stats = traced.call(solve_traced, program, how, *held)
 
         def layer(z: PyTree, _: None) -> tuple[PyTree, None]:
-            image = program(consts, params, z, x)
+            image = program(operands[0], params, z, x)
             if self.damping == 1.0:
                 return image, None
             return jax.tree.map(lambda a, b: a + self.damping * (b - a), z, image), None
@@ -232,81 +231,44 @@ def _prepare(
     x: PyTree,
     solver: Solver,
     max_steps: int | jax.Array | None,
-) -> tuple[Traced, tuple[jax.Array, ...], PyTree, int | None, jax.Array | None]:
-    """Returns f as a program, what it closes over, z0, and the budget as a number or an array."""
-    program, consts, z0 = trace_map(lambda z: traced.trace(f, params, z, x), z0)
-    return program, consts, z0, *split_budget(solver, max_steps)
-
-
-def _solve(
-    program: Traced,
-    solver: Solver,
-    static: int | None,
     keep: Keep,
     trace: bool,
-    consts: PyTree,
-    params: PyTree,
-    z0: PyTree,
-    x: PyTree,
-    budget: jax.Array | None,
-) -> tuple[PyTree, SolveStats]:
-    steps = budget if static is None else static
-    return iterate(solver, lambda z: program(consts, params, z, x), z0, steps, keep, trace)
+) -> tuple[Traced, tuple[PyTree, ...], tuple]:
+    """Returns f as a program, and the operands and static arguments of `solve_traced`."""
+    program, consts, z0 = trace_map(lambda z: traced.trace(f, params, z, x), z0)
+    static, budget = split_budget(solver, max_steps)
+    return program, (consts, (params,), z0, (x,), budget), (solver, static, keep, trace)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _implicit(
     program: Traced,
-    solver: Solver,
     backward: Solver,
-    static: int | None,
-    keep: Keep,
-    trace: bool,
-    consts: PyTree,
-    params: PyTree,
-    z0: PyTree,
-    x: PyTree,
-    budget: jax.Array | None,
+    how: tuple,
+    operands: tuple[PyTree, ...],
     probe: BackwardStats | None,
 ) -> tuple[PyTree, SolveStats]:
     del backward, probe
-    return traced.call(
-        _solve, program, (solver, static, keep, trace), consts, params, z0, x, budget
-    )
+    return traced.call(solve_traced, program, how, *operands)
 
 
 def _implicit_fwd(
     program: Traced,
-    solver: Solver,
     backward: Solver,
-    static: int | None,
-    keep: Keep,
-    trace: bool,
-    consts: PyTree,
-    params: PyTree,
-    z0: PyTree,
-    x: PyTree,
-    budget: jax.Array | None,
+    how: tuple,
+    operands: tuple[PyTree, ...],
     probe: BackwardStats | None,
 ) -> tuple[tuple[PyTree, SolveStats], Any]:
-    out: Any = _implicit(
-        program, solver, backward, static, keep, trace, consts, params, z0, x, budget, probe
-    )
+    out: Any = _implicit(program, backward, how, operands, probe)
+    consts, (params,), _, (x,), _ = operands
     # Whether there is a probe is a fact about the tree, not a value that a trace could hide.
     return out, (consts, params, out[0], x, None if probe is None else ())
 
 
 def _implicit_bwd(
-    program: Traced,
-    solver: Solver,
-    backward: Solver,
-    static: int | None,
-    keep: Keep,
-    trace: bool,
-    saved: Any,
-    cotangents: Any,
-) -> tuple[PyTree, PyTree, None, PyTree, None, BackwardStats | None]:
-    del solver, static, keep, trace
+    program: Traced, backward: Solver, how: tuple, saved: Any, cotangents: Any
+) -> tuple[tuple[PyTree, ...], BackwardStats | None]:
+    del how
     *operands, probed = saved
     (d_consts, d_params, d_x), stats = traced.call(
         _backward, program, (backward,), *operands, cotangents[0]
@@ -316,7 +278,8 @@ def _implicit_bwd(
         residual=stats.residual,
         converged=stats.converged.astype(jnp.float32),
     )
-    return d_consts, d_params, None, d_x, None, None if probed is None else carried
+    gradients = (d_consts, (d_params,), None, (d_x,), None)
+    return gradients, None if probed is None else carried
 
 
 _implicit.defvjp(_implicit_fwd, _implicit_bwd)
@@ -417,7 +380,7 @@ def root_vjp(
     """
     check_solver(solver)
     z = tree.as_state(z)
-    program, consts, z, *_ = _prepare(f, params, z, x, solver, None)
+    program, consts, z = trace_map(lambda z: traced.trace(f, params, z, x), z)
     (_, d_params, d_x), stats = traced.call(
         _backward, program, (solver,), consts, params, z, x, cotangent
     )

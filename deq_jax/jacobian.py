@@ -67,15 +67,32 @@ def frobenius_penalty(
     out, vjp = _linearized(f, params, z, x)
 
     def squared_norm(probe_key: jax.Array) -> jax.Array:
-        flat, unravel = tree.batch_ravel(out)
-        (row,) = vjp(unravel(_normal_like(probe_key, flat)))
-        return tree.dot(row, row).sum() / size
+        return _squared_norms(out, vjp, probe_key).sum() / size
 
     if probes == 1:
         return squared_norm(key)
     # Recomputed in the backward pass: only one probe's intermediate values are ever stored.
     body = jax.checkpoint(squared_norm, prevent_cse=False)
     return lax.map(body, jax.random.split(key, probes)).mean()
+
+
+def penalty_per_sample(
+    f: _StateMap, params: PyTree, z: PyTree, x: PyTree, *, key: jax.Array
+) -> jax.Array:
+    """The penalty of each sample, from one probe; their mean is that of `frobenius_penalty`.
+
+    Args:
+      f: the map ``(params, z, x) -> z``.
+      params: its parameters, any tree.
+      z: where to take the Jacobian; tree of arrays ``[B, ...]``.
+      x: its other operands, any tree.
+      key: a PRNG key.
+
+    Returns:
+      ``[B]``, float32 (float64 for a float64 state).
+    """
+    size = sum(leaf.size for leaf in jax.tree.leaves(z)) // tree.batch_size(z)
+    return _squared_norms(*_linearized(f, params, z, x), key) / size
 
 
 def spectral_radius(
@@ -178,6 +195,13 @@ def _unit(v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns ``v [B, D]`` scaled to length one, and its length; zero stays zero."""
     length = tree.norm(v)
     return v / jnp.where(length == 0, 1, length)[:, None], length
+
+
+def _squared_norms(out: PyTree, vjp: Callable, key: jax.Array) -> jax.Array:
+    """norm(eps^T df/dz)^2 of each sample, ``[B]``, for one Gaussian probe."""
+    flat, unravel = tree.batch_ravel(out)
+    (row,) = vjp(unravel(_normal_like(key, flat)))
+    return tree.dot(row, row)
 
 
 def _linearized(f: _StateMap, params: PyTree, z: PyTree, x: PyTree):

@@ -236,37 +236,6 @@ def test_anderson_weights_minimise_the_combined_residual(x64, memory):
         np.testing.assert_allclose(weights @ residuals, expected @ residuals, atol=1e-9)
 
 
-def plain_broyden(f, z, steps):
-    """Broyden's good method with a dense inverse Jacobian, as in the textbook."""
-    inverse = -np.eye(z.size)
-    iterates, g = [z], f(z) - z
-    for _ in range(steps):
-        s = -inverse @ g
-        z = z + s
-        g_new = f(z) - z
-        y = g_new - g
-        hy = inverse @ y
-        inverse = inverse + np.outer(s - hy, s @ inverse) / (s @ hy)
-        g = g_new
-        iterates.append(z)
-    return np.stack(iterates)
-
-
-def test_broyden_iterates_are_those_of_the_dense_formula(x64):
-    rng = np.random.default_rng(1)
-    w = rng.standard_normal((12, 12)) * 0.4
-    x = rng.standard_normal((3, 12))
-    solver = deq.Broyden(tol=1e-30, max_steps=9)
-    z = jnp.zeros((3, 12))
-    state, iterates = solver.init(z), [np.zeros((3, 12))]
-    for _ in range(9):
-        z, state = solver.step(z, jnp.tanh(z @ w + x), state)
-        iterates.append(np.asarray(z))
-    for sample in range(3):
-        expected = plain_broyden(lambda v, i=sample: np.tanh(v @ w + x[i]), np.zeros(12), 9)
-        np.testing.assert_allclose(np.stack(iterates)[:, sample], expected, rtol=1e-9, atol=1e-11)
-
-
 def test_broyden_memory_shorter_than_the_solve_still_converges(x64):
     problem = testing.affine(size=30, radius=0.7, dtype=jnp.float64)
     full = run(deq.Broyden(tol=1e-9, max_steps=100, memory=100), problem)

@@ -463,23 +463,42 @@ def solve(
         f = Unbatched(f, 0)
     program, consts, state = trace_map(lambda z: traced.trace(f, z), state)
     static, budget = split_budget(solver, max_steps)
-    out = traced.call(_solve, program, (solver, static, keep, trace), consts, state, budget)
-    solution = Solution(*out)
+    how = (solver, static, keep, trace)
+    solution = Solution(*traced.call(solve_traced, program, how, consts, (), state, (), budget))
     return without_batch(solution) if batched is False else solution
 
 
-def _solve(
+def solve_traced(
     program: Traced,
     solver: Solver,
     static: int | None,
     keep: Keep,
     trace: bool,
     consts: tuple[jax.Array, ...],
+    before: tuple[PyTree, ...],
     z0: PyTree,
+    after: tuple[PyTree, ...],
     budget: jax.Array | None,
 ) -> tuple[PyTree, SolveStats]:
+    """Solves z = program(consts, *before, z, *after), for `traced.call`.
+
+    Args:
+      program: f, traced.
+      solver: the method.
+      static: the budget as a number, or None.
+      keep: which iterate is returned.
+      trace: whether the residuals of all steps are recorded.
+      consts: what f closes over.
+      before: arguments of f before z.
+      z0: start, tree of arrays ``[B, ...]``.
+      after: arguments of f after z.
+      budget: the budget as an array, or None.
+
+    Returns:
+      The value and the statistics.
+    """
     steps = budget if static is None else static
-    return iterate(solver, lambda z: program(consts, z), z0, steps, keep, trace)
+    return iterate(solver, lambda z: program(consts, *before, z, *after), z0, steps, keep, trace)
 
 
 def iterate(
@@ -576,8 +595,9 @@ def iterate(
         )
         return last.z if last.best is None else last.best, stats
 
-    if not history.is_large(solver.init(z0)):
-        return loop(z0, solver.init(z0))
+    state = solver.init(z0)
+    if not history.is_large(state):
+        return loop(z0, state)
     return lax.platform_dependent(
         z0,
         cpu=lambda z: loop(z, history.split(solver.init(z))),

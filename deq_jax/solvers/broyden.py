@@ -136,8 +136,10 @@ class Broyden:
         scale = 1 / jnp.maximum(length2, jnp.finfo(row.dtype).tiny)
         outer = ~here[:, :, None] & ~here[:, None, :]
         kept = jnp.where(outer, inverse, 0)
-        l = jnp.roll(row, -1, axis=1) - lag * row if lag else jnp.roll(row, -1, axis=1)  # noqa: E741
-        added = jnp.where(here, 1, _apply(kept.swapaxes(1, 2), l * scale))
+        next_row = jnp.roll(row, -1, axis=1)  # s^T s_{i+1}
+        if lag:
+            next_row -= lag * row
+        added = jnp.where(here, 1, _apply(kept.swapaxes(1, 2), next_row * scale))
         inverse = jnp.where(here[:, :, None], added[:, None, :], kept)
         scale = jnp.where(here, scale, state.scale)
         z_next = jax.tree.map(jnp.add, z, s)

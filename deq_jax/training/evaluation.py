@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import deq_jax as deq
-from deq_jax import tree
-from deq_jax.implicit import Map
+from deq_jax.jacobian import penalty_per_sample
 from deq_jax.training import metrics
 from deq_jax.training.config import Config
 from deq_jax.training.parallel import batch_sharding, make_mesh, replicated
@@ -73,7 +72,7 @@ def make_diagnostic_step(task: Task, config: Config, mesh: Mesh) -> EvalStep:
         radius = deq.spectral_radius(*at, key=radius_key, iters=config.eval.spectral_iters)
         return {
             "spectral_radius": _finite_mean(radius, mask),
-            "penalty": _finite_mean(_penalties(*at, key=penalty_key), mask),
+            "penalty": _finite_mean(penalty_per_sample(*at, key=penalty_key), mask),
         }
 
     return _compile(task, measure, mesh)
@@ -181,19 +180,6 @@ def evaluate(
       >>> evaluate(task, config, state, eval_data)[12]["loss"]  # doctest: +SKIP
     """
     return Evaluator(task, config, eval_data, mesh=mesh, summarize=summarize)(state)
-
-
-def _penalties(f: Map, params: Any, z: Any, x: Any, *, key: jax.Array) -> jax.Array:
-    """`deq.frobenius_penalty` of each sample, [B], from one probe."""
-    _, vjp = jax.vjp(lambda z: f(params, z, x), z)
-    leaves, treedef = jax.tree.flatten(z)
-    keys = jax.random.split(key, len(leaves))
-    probes = [
-        jax.random.normal(k, a.shape, jnp.float32).astype(a.dtype)
-        for k, a in zip(keys, leaves, strict=True)
-    ]
-    (row,) = vjp(jax.tree.unflatten(treedef, probes))
-    return tree.dot(row, row) / sum(a[0].size for a in leaves)
 
 
 def _finite_mean(values: jax.Array, mask: jax.Array) -> metrics.Mean:
