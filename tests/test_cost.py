@@ -1,6 +1,5 @@
 """What the compiled programs cost: compilations, copies, collectives, memory."""
 
-import collections
 import contextlib
 import dataclasses
 import re
@@ -321,14 +320,17 @@ def test_programs_for_accelerators_have_no_conditional_and_no_library_call(make)
 
     def operations(platform):
         text = jax.export.export(jax.jit(solve), platforms=[platform])(x).mlir_module()
-        return collections.Counter(re.findall(r"stablehlo\.(\w+)", text))
+        chosen = re.findall(r"stablehlo\.case\"\((%\w+)", text)
+        # The choice of the platform is one by constants, which XLA makes; others are by data.
+        by_data = set(chosen) & set(re.findall(r"(%\w+) = stablehlo\.convert", text))
+        return by_data, set(re.findall(r"stablehlo\.(\w+)", text))
 
-    costly = ("if", "custom_call", "scatter", "gather", "triangular_solve", "cholesky")
-    assert operations("cpu")["case"] > 2, "the search finds the conditionals that a CPU has"
+    costly = {"if", "custom_call", "scatter", "gather", "triangular_solve", "cholesky"}
+    assert operations("cpu")[0], "the search finds the conditionals that a CPU has"
     for platform in ("cuda", "tpu"):
-        found = operations(platform)
-        assert found["case"] <= 2  # of a constant, outside the loop: the choice of the platform
-        assert not any(found[name] for name in costly)
+        by_data, used = operations(platform)
+        assert not by_data
+        assert not used & costly
 
 
 def test_the_program_of_anderson_does_not_grow_with_its_memory():

@@ -660,9 +660,13 @@ def test_broyden_forgets_the_oldest_factor_or_all_of_them(x64, damping):
 def test_both_small_solves_agree_with_lapack(x64, memory):
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((3, memory, memory + 4))
-    matrix, rhs = rows @ rows.swapaxes(1, 2), rng.standard_normal((3, memory))
-    ours = anderson._solve_positive(jnp.asarray(matrix), jnp.asarray(rhs))
-    np.testing.assert_allclose(ours, np.linalg.solve(matrix, rhs[..., None])[..., 0], rtol=1e-8)
+    matrix, used = rows @ rows.swapaxes(1, 2), memory - 2
+    matrix[:, used:], matrix[:, :, used:] = 0, 0
+    matrix += np.diag(np.arange(memory) >= used)
+    ours = anderson._solve_positive(jnp.asarray(matrix), jnp.arange(memory) < used)
+    ones = (np.arange(memory) < used).astype(float)
+    expected = np.linalg.solve(matrix, np.tile(ones[:, None], (3, 1, 1)))[..., 0]
+    np.testing.assert_allclose(ours, expected / expected.sum(1, keepdims=True), rtol=1e-8)
 
 
 def test_a_batch_of_one_is_solved_as_a_batch_of_two():

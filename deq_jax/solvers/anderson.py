@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import numbers
+import operator
 from typing import NamedTuple
 
 import jax
@@ -108,7 +110,7 @@ class Anderson:
         here = rows == slot
         gram = jnp.where(here[None, :, None], row[:, None, :], state.gram)
         gram = jnp.where(here[None, None, :], row[:, :, None], gram)  # [B, m, m]
-        a = self.weights(gram, rows < filled)
+        a = self.weights(gram, rows <= state.k)
         z_next = images.combine(a, filled)
         if self.damping != 1.0:
             mixed = residuals.combine(a, filled)
@@ -119,8 +121,8 @@ class Anderson:
     def weights(self, gram: jax.Array, valid: jax.Array) -> jax.Array:
         """Solves the constrained least-squares problem of one step.
 
-        With R the residuals scaled to unit length, (R R^T + ridge I) y = 1 / norm and a is y / norm
-        scaled to sum one: the minimiser, regularised alike at every scale of f.
+        The minimiser is a = w / sum(w) with (G + ridge diag(G)) w = 1, where G is the Gram matrix:
+        regularised alike at every scale of f.
 
         Args:
           gram: ``[B, m, m]`` inner products of the residuals.
@@ -129,32 +131,27 @@ class Anderson:
         Returns:
           Weights ``[B, m]``, zero for rows not in use, each row summing to one.
         """
-        used = valid[None]  # [1, m]
-        eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
-        diagonal = jnp.sum(gram * eye, axis=2)  # [B, m]
-        length = jnp.sqrt(jnp.maximum(diagonal, jnp.finfo(gram.dtype).tiny))
-        # Weights are homogeneous: measuring lengths by the shortest keeps 1 / norm in range.
-        shortest = jnp.min(jnp.where(used, length, jnp.inf), axis=1, keepdims=True)
-        inverse = jnp.where(used, shortest / length, 0)
-        unit = jnp.where(used, 1 / length, 0)
-        matrix = gram * unit[:, :, None] * unit[:, None, :]
-        matrix += eye * jnp.where(valid, self.ridge, 1).astype(gram.dtype)[None, :, None]
-        y = _solve_positive(matrix, inverse) * inverse
-        return y / jnp.sum(y, axis=1, keepdims=True)
+        eye = jnp.eye(gram.shape[-1], dtype=bool)
+        diagonal = jnp.maximum(gram, jnp.finfo(gram.dtype).tiny) * (1 + self.ridge)
+        diagonal = jnp.where(valid[:, None], diagonal, 1)
+        return _solve_positive(jnp.where(eye, diagonal, gram), valid)
 
 
-def _solve_positive(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
-    """Solves small positive definite systems ``[B, m, m] y = [B, m]``.
+def _solve_positive(matrix: jax.Array, valid: jax.Array) -> jax.Array:
+    """Solves small positive definite systems ``[B, m, m] w = 1``, and scales w to sum one.
 
     By elimination without pivoting, which positive definite systems do not need.  A library call
     would be one launch per factor on accelerators.
     """
     m = matrix.shape[-1]
     if m > _FUSED:
-        return _solve_in_a_loop(matrix, rhs)
+        return _solve_in_a_loop(matrix, valid)
     # All operations are on vectors [B] without a change of index, so that they fuse into one.
     a = [[matrix[:, i, j] for j in range(i + 1)] for i in range(m)]
-    y = [rhs[:, i] for i in range(m)]
+    # w is homogeneous in the right-hand side: the smallest pivot keeps it in range.
+    pivots = [jnp.where(valid[i], a[i][i], jnp.inf) for i in range(m)]
+    smallest = functools.reduce(jnp.minimum, pivots)
+    y = [jnp.where(valid[i], smallest, 0) for i in range(m)]
     for j in range(m):  # matrix = L D L^T: a becomes L D, y becomes L^-1 rhs
         for i in range(j + 1, m):
             factor = a[i][j] / a[j][j]
@@ -162,14 +159,14 @@ def _solve_positive(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
                 a[i][k] = a[i][k] - factor * a[k][j]
             y[i] = y[i] - factor * y[j]
     for i in reversed(range(m)):
-        rest = y[i]
         for k in range(i + 1, m):
-            rest = rest - a[k][i] * y[k]
-        y[i] = rest / a[i][i]
-    return jnp.stack(y, axis=1)
+            y[i] = y[i] - a[k][i] * y[k]
+        y[i] = y[i] / a[i][i]
+    total = functools.reduce(operator.add, y)
+    return jnp.stack([a / total for a in y], axis=1)
 
 
-def _solve_in_a_loop(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
+def _solve_in_a_loop(matrix: jax.Array, valid: jax.Array) -> jax.Array:
     """The same, one column an iteration: compiling does not take longer for larger systems."""
     m = matrix.shape[-1]
     rows = jnp.arange(m, dtype=jnp.int32)
@@ -181,5 +178,9 @@ def _solve_in_a_loop(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
         column = lax.dynamic_slice_in_dim(table, i, 1, axis=2)  # [B, m, 1]
         return jnp.where(here, pivot, table - column * pivot)
 
+    pivots = jnp.where(jnp.eye(m, dtype=bool) & valid[None], matrix, jnp.inf)
+    smallest = jnp.min(pivots, axis=(1, 2))[:, None]  # [B, 1]
+    rhs = jnp.where(valid, smallest, 0)
     table = jnp.concatenate([matrix, rhs[:, :, None]], axis=2)
-    return lax.fori_loop(jnp.int32(0), jnp.int32(m), eliminate, table)[:, :, m]
+    y = lax.fori_loop(jnp.int32(0), jnp.int32(m), eliminate, table)[:, :, m]
+    return y / jnp.sum(y, axis=1, keepdims=True)

@@ -279,6 +279,16 @@ def split_budget(
     return None, jnp.minimum(max_steps, solver.max_steps)
 
 
+def _kept(done: jax.Array, z: PyTree, z_next: PyTree) -> PyTree:
+    """Lets finished samples stay where it is cheap: nothing that is returned depends on them.
+
+    On accelerators the choice is one kernel with that of the best iterate, and saves a copy of z.
+    """
+    return lax.platform_dependent(
+        done, z, z_next, cpu=lambda done, z, z_next: z_next, default=tree.where
+    )
+
+
 def _as_int(value: Any) -> int | None:
     """The number if it is a whole one, also of NumPy's types."""
     if isinstance(value, bool):
@@ -553,9 +563,8 @@ def iterate(
             (better, done, residual, num_steps, row)
         )
         z_next, state = solver.step(c.z, fz, c.state)
-        # With keep="best" finished samples go on: nothing that is returned depends on them.
         best = tree.where(better, c.z, c.best) if keep == "best" else None
-        z_next = z_next if keep == "best" else tree.where(done, c.z, z_next)
+        z_next = _kept(done, c.z, z_next) if keep == "best" else tree.where(done, c.z, z_next)
         residuals = c.trace
         if residuals is not None:
             residuals = lax.dynamic_update_index_in_dim(residuals, row, c.k, axis=0)
@@ -586,7 +595,7 @@ def iterate(
             else None,
         )
         if not (isinstance(budget, int) and budget == 0):  # else there is nothing to compile
-            last = lax.while_loop(lambda c: (c.k < budget) & ~jnp.all(c.done), body, last)
+            last = lax.while_loop(lambda c: jnp.any(~c.done & (c.num_steps < budget)), body, last)
         stats = SolveStats(
             num_steps=last.num_steps,
             residual=last.residual,

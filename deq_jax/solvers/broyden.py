@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from deq_jax import tree
 from deq_jax.solvers import history
@@ -23,14 +24,12 @@ class BroydenState(NamedTuple):
     Attributes:
       k: int32 scalar, steps taken.
       steps: history of s_j = z_{j+1} - z_j.
-      inverse: ``[B, m, m]``, the matrix T of `Broyden`, by slot, float32 or wider.
-      scale: ``[B, m]``, 1 / norm(s_j)^2 by slot, 0 where there is no step.
+      weights: ``[B, m, m]``, the matrix W of `Broyden`, by slot, float32 or wider.
     """
 
     k: jax.Array
     steps: history.History
-    inverse: jax.Array
-    scale: jax.Array
+    weights: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +47,9 @@ class Broyden:
 
     the last v is H_k g.  The c_j solve (I - L) c = -p, with p_j = s_j^T g / norm(s_j)^2 and
     L_ji = s_j^T (s_{i+1} - (1 - damping) s_i) / norm(s_j)^2 for i < j.  A new step adds the row
-    e + l T to T = (I - L)^-1; forgetting the oldest one sets its row and column to zero.  T is kept
-    in the order of the slots, so that nothing is sorted.
+    e + l T to T = (I - L)^-1; forgetting the oldest one sets its row and column to zero.  The state
+    keeps W with W_{j+1,i} = T_ji / norm(s_i)^2.  Entry j + 1 of -W (s_i^T g)_i is c_j, in the slot
+    of s_{j+1}: nothing has to be sorted.
 
     Args:
       tol: residual at which a sample has converged.
@@ -90,12 +90,10 @@ class Broyden:
 
     def init(self, z: PyTree) -> BroydenState:
         """Returns an empty memory for states like ``z``, a tree ``[B, ...]``."""
-        square = history.gram(z, self._rows)
         return BroydenState(
             k=jnp.int32(0),
             steps=history.empty(z, self._rows),
-            inverse=square,
-            scale=square[:, :, 0],
+            weights=history.gram(z, self._rows),
         )
 
     @property
@@ -107,21 +105,17 @@ class Broyden:
         m, lag = self._rows, 1 - self.damping
         slot = state.k % m
         slots = jnp.arange(m, dtype=jnp.int32)
-        here = (slots == slot)[None]  # [1, m]
-        newest = (slots == (slot + m - 1) % m)[None]
-        inverse = state.inverse
+        weights = state.weights
         if self.restart:
-            inverse = jnp.where(slot == 0, 0, inverse)
+            weights = jnp.where(slot == 0, 0, weights)
 
         g = jax.tree.map(jnp.subtract, fz, z)
-        p = state.steps.inner(g, jnp.minimum(state.k, m)) * state.scale
-        c = -_apply(inverse, p)  # [B, m]
-        last = jnp.sum(jnp.where(newest, c, 0), axis=1)  # [B], of the step that led here
-        weights = jnp.roll(jnp.where(newest, 0, c), 1, axis=1)
-        if lag:
-            weights -= lag * c
+        p = state.steps.inner(g, jnp.minimum(state.k, m))  # [B, m]
+        c = -_apply(weights, p)  # [B, m], of the steps after those in p
+        last = lax.dynamic_slice_in_dim(c, slot, 1, axis=1)[:, 0]  # [B], of the step to be taken
+        c = jnp.where(slots == slot, 0, c) - (lag * jnp.roll(c, -1, axis=1) if lag else 0)
         length = self.damping / _guarded(1 + self.damping * last)  # [B]
-        mixed = state.steps.combine(weights, jnp.minimum(state.k, m))
+        mixed = state.steps.combine(c, jnp.minimum(state.k, m))
 
         def leaf(g: jax.Array, mixed: jax.Array) -> jax.Array:
             wide = (g.astype(mixed.dtype) - mixed) * tree.spread(length, g).astype(mixed.dtype)
@@ -129,21 +123,19 @@ class Broyden:
 
         s = jax.tree.map(leaf, g, mixed)
         steps = state.steps.write(slot, s)
-        # The row would also follow from p and T by linearity, without this third pass, but rounding
+        # The row would also follow from p and W by linearity, without this third pass, but rounding
         # then builds up: in float32 and bfloat16 hard problems stalled or blew up.
         row = steps.inner(s, jnp.minimum(state.k + 1, m))  # [B, m]
-        length2 = jnp.sum(jnp.where(here, row, 0), axis=1, keepdims=True)  # [B, 1]
-        scale = 1 / jnp.maximum(length2, jnp.finfo(row.dtype).tiny)
-        outer = ~here[:, :, None] & ~here[:, None, :]
-        kept = jnp.where(outer, inverse, 0)
-        next_row = jnp.roll(row, -1, axis=1)  # s^T s_{i+1}
+        square = lax.dynamic_slice_in_dim(row, slot, 1, axis=1)  # [B, 1]
+        scale = 1 / jnp.maximum(square, jnp.finfo(row.dtype).tiny)
         if lag:
-            next_row -= lag * row
-        added = jnp.where(here, 1, _apply(kept.swapaxes(1, 2), next_row * scale))
-        inverse = jnp.where(here[:, :, None], added[:, None, :], kept)
-        scale = jnp.where(here, scale, state.scale)
+            row -= lag * jnp.roll(row, 1, axis=1)
+        kept = jnp.where(slots == slot, 0, weights)  # without the step that is overwritten
+        added = jnp.where(slots == slot, scale, _apply(kept.swapaxes(1, 2), row) * scale)
+        here = slots == (slot + 1) % m
+        weights = jnp.where(here[:, None], added[:, None, :], kept)
         z_next = jax.tree.map(jnp.add, z, s)
-        return z_next, BroydenState(state.k + 1, steps, inverse, scale)
+        return z_next, BroydenState(state.k + 1, steps, weights)
 
 
 def _apply(matrix: jax.Array, v: jax.Array) -> jax.Array:
