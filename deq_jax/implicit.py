@@ -22,7 +22,6 @@ from deq_jax.solvers.base import (
     check_count,
     check_fraction,
     check_solver,
-    iterate,
     serializable,
     solve_traced,
     split_budget,
@@ -309,13 +308,20 @@ def _backward(
     floats = [leaf for t, leaf in zip(trained, leaves, strict=True) if t]
     _, vjp = jax.vjp(f, z, *floats)
     # The system is linear: solved at unit scale, its gradient is proportional to the loss.
-    scale = _power_of_two(cotangent) if solver.stop == "rel" else None
+    scale = _power_of_two(lax.stop_gradient(cotangent)) if solver.stop == "rel" else None
     v = cotangent if scale is None else _scaled(cotangent, scale)
 
-    def adjoint(u: PyTree) -> PyTree:
+    # The residuals of the linearisation are operands of a fixed point of its own, so that the
+    # backward pass can be differentiated in turn, and its backward pass too.
+    def adjoint(operands: PyTree, u: PyTree, _: None) -> PyTree:
+        vjp, v = operands
         return jax.tree.map(jnp.add, vjp(u)[0], v)
 
-    u, stats = iterate(solver, adjoint, v, None, trace=False)
+    system, *_ = traced.trace(adjoint, (vjp, v), v, None)
+    how = (solver, solver.max_steps, "best", False)
+    u, stats = _implicit(
+        system, solver, how, ((), ((vjp, v),), lax.stop_gradient(v), (None,), None), None
+    )
     _, *gradients = vjp(u if scale is None else _scaled(u, 1 / scale))
     given = iter(gradients)
     return treedef.unflatten([next(given) if t else None for t in trained]), stats

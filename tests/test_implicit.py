@@ -384,3 +384,33 @@ def test_solutions_can_be_exported_and_stored():
     sol, probe = jax.export.deserialize(stored).call(params, x)
     assert isinstance(sol, deq.Solution) and isinstance(probe, deq.BackwardStats)
     assert_trees_close(sol.value, solve(params, x)[0].value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backward", [deq.Picard, deq.Anderson, deq.Broyden])
+@pytest.mark.parametrize("jit", [False, True])
+def test_reverse_mode_to_third_order_matches_the_unrolled_iteration(x64, backward, jit):
+    """L1: the backward solve was a loop that could not be differentiated."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    w, x = 0.2 * jax.random.normal(keys[0], (4, 4)), jax.random.normal(keys[1], (3, 4))
+    rule = deq.Implicit(backward(tol=1e-13, max_steps=150))
+
+    def f(w, z, x):
+        return jnp.tanh(z @ w + x)
+
+    def implicit(w, x):
+        solver = deq.Anderson(tol=1e-13, max_steps=100)
+        return deq.fixed_point(f, w, jnp.zeros_like(x), x, solver=solver, adjoint=rule).value
+
+    def unrolled(w, x):
+        return jax.lax.scan(lambda z, _: (f(w, z, x), None), jnp.zeros_like(x), length=150)[0]
+
+    def orders(value):
+        def penalty(w):  # the gradient penalty of WGAN-GP
+            return jnp.sum(jax.grad(lambda x: jnp.sum(value(w, x) ** 3))(x) ** 2)
+
+        third = jax.grad(lambda w: jnp.sum(jax.grad(penalty)(w) ** 2))
+        both = lambda w: (jax.grad(penalty)(w), third(w))  # noqa: E731
+        return (jax.jit(both) if jit else both)(w)
+
+    for ours, expected in zip(orders(implicit), orders(unrolled), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-8, atol=1e-10)
