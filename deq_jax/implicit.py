@@ -112,7 +112,8 @@ class Implicit:
 
     With z* = f(params, z*, x) and a cotangent v, solves u = J^T u + v, J = df/dz at z*, and returns
     u^T df/dparams and u^T df/dx.  Each step costs one vector-Jacobian product; derivatives by
-    params and x are formed once, after the loop.
+    params and x are formed once, after the loop.  In reverse mode it can be differentiated to any
+    order: the backward system is a fixed point with the same rule.
 
     Args:
       solver: the method for the linear system, with its own tolerance and budget.
@@ -317,11 +318,10 @@ def _backward(
         vjp, v = operands
         return jax.tree.map(jnp.add, vjp(u)[0], v)
 
-    system, *_ = traced.trace(adjoint, (vjp, v), v, None)
+    system, held = traced.trace(adjoint, (vjp, v), v, None)
     how = (solver, solver.max_steps, "best", False)
-    u, stats = _implicit(
-        system, solver, how, ((), ((vjp, v),), lax.stop_gradient(v), (None,), None), None
-    )
+    operands = (held, ((vjp, v),), lax.stop_gradient(v), (None,), None)
+    u, stats = _implicit(system, solver, how, operands, None)
     _, *gradients = vjp(u if scale is None else _scaled(u, 1 / scale))
     given = iter(gradients)
     return treedef.unflatten([next(given) if t else None for t in trained]), stats

@@ -110,7 +110,7 @@ class Anderson:
         here = rows == slot
         gram = jnp.where(here[None, :, None], row[:, None, :], state.gram)
         gram = jnp.where(here[None, None, :], row[:, :, None], gram)  # [B, m, m]
-        a = self.weights(gram, rows <= state.k)
+        a = self.weights(gram, rows <= state.k)  # not filled: with k + 1 XLA would copy k
         z_next = images.combine(a, filled)
         if self.damping != 1.0:
             mixed = residuals.combine(a, filled)

@@ -279,16 +279,6 @@ def split_budget(
     return None, jnp.minimum(max_steps, solver.max_steps)
 
 
-def _kept(done: jax.Array, z: PyTree, z_next: PyTree) -> PyTree:
-    """Lets finished samples stay where it is cheap: nothing that is returned depends on them.
-
-    On accelerators the choice is one kernel with that of the best iterate, and saves a copy of z.
-    """
-    return lax.platform_dependent(
-        done, z, z_next, cpu=lambda done, z, z_next: z_next, default=tree.where
-    )
-
-
 def _as_int(value: Any) -> int | None:
     """The number if it is a whole one, also of NumPy's types."""
     if isinstance(value, bool):
@@ -611,4 +601,14 @@ def iterate(
         z0,
         cpu=lambda z: loop(z, history.split(solver.init(z))),
         default=lambda z: loop(z, solver.init(z)),
+    )
+
+
+def _kept(done: jax.Array, z: PyTree, z_next: PyTree) -> PyTree:
+    """Lets finished samples stay where it is cheap: nothing that is returned depends on them.
+
+    On accelerators the choice is one kernel with that of the best iterate, and saves a copy of z.
+    """
+    return lax.platform_dependent(
+        done, z, z_next, cpu=lambda done, z, z_next: z_next, default=tree.where
     )
