@@ -10,17 +10,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from deq_jax import init, masks
-from deq_jax.check import check
-from deq_jax.diagnosis import Diagnosis, diagnose
-from deq_jax.implicit import (
+from deq_jax.adjoints import (
     Adjoint,
     BackwardStats,
     Implicit,
     Unroll,
     backward_probe,
-    fixed_point,
     root_vjp,
 )
+from deq_jax.check import check
+from deq_jax.diagnosis import Diagnosis, diagnose
+from deq_jax.fixed_point import fixed_point
 from deq_jax.jacobian import frobenius_penalty, spectral_radius
 from deq_jax.reparam import WeightNorm, spectral_norm, weight_norm
 from deq_jax.solvers import (

@@ -11,8 +11,8 @@ import jax
 from flax import core, errors
 from flax import linen as nn
 
-from deq_jax import implicit
-from deq_jax.implicit import Adjoint, BackwardStats
+from deq_jax.adjoints import Adjoint, BackwardStats
+from deq_jax.fixed_point import fixed_point
 from deq_jax.masks import has_method
 from deq_jax.solvers import Equation, Solution, Solver
 from deq_jax.tree import PyTree
@@ -116,7 +116,7 @@ class DEQ(nn.Module):
     adjoint: Adjoint | None = None
     reparam: Any = None
     keep: Literal["best", "last"] = "best"
-    fixed_point: Callable[..., Solution] = implicit.fixed_point
+    fixed_point: Callable[..., Solution] = fixed_point
 
     def __post_init__(self) -> None:
         if not isinstance(self.cell, nn.Module):

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from deq_jax import implicit
-from deq_jax.implicit import Adjoint, BackwardStats
+from deq_jax.adjoints import Adjoint, BackwardStats
+from deq_jax.fixed_point import fixed_point
 from deq_jax.masks import has_method
 from deq_jax.solvers import Equation, Solution, Solver
 from deq_jax.tree import PyTree
@@ -108,7 +108,7 @@ class DEQ(nnx.Module):
         adjoint: Adjoint | None = None,
         reparam: Any = None,
         keep: Literal["best", "last"] = "best",
-        fixed_point: Callable[..., Solution] = implicit.fixed_point,
+        fixed_point: Callable[..., Solution] = fixed_point,
     ) -> None:
         if not isinstance(cell, nnx.Module):
             kind = cell if isinstance(cell, type) else type(cell)

@@ -67,7 +67,9 @@ def trace(f: Callable[..., PyTree], *operands: PyTree) -> tuple[Traced, tuple[ja
     return Traced(f, closed.jaxpr, in_tree, out), tuple(closed.consts)
 
 
-def call(f: Callable[..., PyTree], traced: Traced, static: tuple, *operands: PyTree) -> PyTree:
+def call(
+    f: Callable[..., PyTree], traced: Traced, static: tuple, *operands: PyTree, inline: bool = True
+) -> PyTree:
     """Returns ``f(traced, *static, *operands)``; outside jit by a compiled program that is kept.
 
     Args:
@@ -75,12 +77,14 @@ def call(f: Callable[..., PyTree], traced: Traced, static: tuple, *operands: PyT
       traced: the program that it runs.
       static: its other hashable arguments.
       *operands: trees of arrays.
+      inline: whether f becomes a part of the program that is being traced.  Pass False if autodiff
+        goes through f: then JAX keeps the derivative of the compiled program too.
 
     Returns:
       The result of f.
     """
-    leaves = jax.tree.leaves(operands)
-    if traced.jaxpr is None or any(isinstance(leaf, Tracer) for leaf in leaves):
+    tracing = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(operands))
+    if traced.jaxpr is None or (inline and tracing):
         return f(traced, *static, *operands)
     try:
         program = _program(f, _Key.of(traced), static)

@@ -16,7 +16,8 @@ LIBRARY = sorted((ROOT / "deq_jax").rglob("*.py"))
 SOURCES = LIBRARY + sorted((ROOT / "experiments").rglob("*.py"))
 SOURCES += sorted((ROOT / "benchmarks").rglob("*.py"))
 
-CORE = {"tree", "traced", "solvers", "implicit", "jacobian", "reparam", "masks", "init"}
+CORE = {"tree", "traced", "solvers", "adjoints", "fixed_point", "jacobian"}
+CORE |= {"correction", "reparam", "masks", "init"}
 LAYERS = CORE | {"linen", "nnx"}
 PARTS = {"testing", "diagnosis", "check", "models", "data", "training", "convert"}
 # Part of the library -> (parts it may import, other packages it may import).
@@ -25,15 +26,17 @@ TABLE = {
     "tree": (set(), {"jax"}),
     "traced": ({"tree"}, {"jax"}),
     "solvers": ({"traced", "tree"}, {"jax"}),
-    "implicit": ({"solvers", "traced", "tree"}, {"jax"}),
+    "adjoints": ({"solvers", "traced", "tree"}, {"jax"}),
+    "fixed_point": ({"adjoints", "solvers", "tree"}, {"jax"}),
+    "correction": (set(), {"jax"}),
     "jacobian": ({"solvers", "tree"}, {"jax"}),
-    "diagnosis": ({"implicit", "jacobian", "solvers", "tree"}, {"jax", "numpy"}),
+    "diagnosis": ({"fixed_point", "jacobian", "solvers", "tree"}, {"jax", "numpy"}),
     "check": ({"solvers"}, {"jax", "numpy"}),
     "reparam": ({"solvers", "tree"}, {"jax"}),
     "masks": (set(), {"jax", "numpy"}),
     "init": (set(), {"jax", "numpy"}),
-    "linen": ({"implicit", "solvers", "masks", "tree"}, {"jax", "flax"}),
-    "nnx": ({"implicit", "solvers", "masks", "tree"}, {"jax", "flax"}),
+    "linen": ({"adjoints", "fixed_point", "solvers", "masks", "tree"}, {"jax", "flax"}),
+    "nnx": ({"adjoints", "fixed_point", "solvers", "masks", "tree"}, {"jax", "flax"}),
     "testing": (CORE, {"jax", "numpy"}),
     "models": (LAYERS, {"jax", "flax", "numpy"}),
     "data": (set(), {"numpy", "grain", "absl", "tensorflow_datasets", "sklearn", "PIL"}),

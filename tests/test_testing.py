@@ -7,7 +7,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from deq_jax import testing
-from deq_jax.implicit import fixed_point
+from deq_jax.fixed_point import fixed_point
 from deq_jax.solvers import Anderson, Broyden, Picard, SolveStats, solve
 from deq_jax.solvers.base import StopMode
 from deq_jax.tree import describe

@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from deq_jax import tree
 from deq_jax.diagnosis.advice import advise, plain_iteration
-from deq_jax.implicit import fixed_point
+from deq_jax.fixed_point import fixed_point
 from deq_jax.jacobian import frobenius_penalty, spectral_radius
 from deq_jax.solvers import Anderson, Broyden, Picard, Solution, Solver
 from deq_jax.solvers.base import Unbatched, as_batched, check_count, check_image

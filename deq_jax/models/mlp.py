@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 import deq_jax as deq
 from deq_jax import linen
-from deq_jax.implicit import Adjoint, BackwardStats
+from deq_jax.adjoints import Adjoint, BackwardStats
 from deq_jax.models.families import product_inits
 from deq_jax.solvers import Solution, Solver
 

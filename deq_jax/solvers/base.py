@@ -1,4 +1,4 @@
-"""The solver protocol and the one loop over z that runs every solver."""
+"""The solver protocol, what a solve returns, and the checks of its arguments."""
 
 from __future__ import annotations
 
@@ -7,23 +7,19 @@ import math
 import numbers
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import export, lax
+from jax import export
 from jax.core import Tracer
 
-from deq_jax import traced, tree
-from deq_jax.solvers import history
+from deq_jax import tree
 from deq_jax.traced import Traced
 from deq_jax.tree import PyTree
 
 StopMode = Literal["rel", "abs"]
 Keep = Literal["best", "last"]
-
-# How far norm(f(z)) may grow beyond the first images and still lower a relative residual.
-_GROWTH = 100.0
 
 
 class Solver(Protocol):
@@ -119,11 +115,15 @@ class Solution:
       value: the fixed point of every sample, a tree like ``z0``.
       stats: how it was found.
       equation: set by the Flax layers, whose users hold neither f nor its parameters.
+      states: the sampled iterates, trees like ``z0``; empty if none were asked for.
+      aux: what f returns beside z, at ``value``; None without ``has_aux``.
     """
 
     value: PyTree
     stats: SolveStats
     equation: Equation | None = None
+    states: tuple[PyTree, ...] = ()
+    aux: PyTree = None
 
     @property
     def at(self) -> tuple[Callable[..., PyTree], PyTree, PyTree, PyTree]:
@@ -152,20 +152,6 @@ def serializable(*kinds: type) -> None:
 
 
 serializable(SolveStats, Solution)
-
-
-class _Loop(NamedTuple):
-    """Carry of the loop; every array but ``k`` has a batch axis."""
-
-    k: jax.Array
-    z: PyTree
-    state: Any
-    best: PyTree | None
-    done: jax.Array
-    num_steps: jax.Array
-    residual: jax.Array
-    reference: jax.Array
-    trace: jax.Array | None
 
 
 def check_settings(solver: Any, counts: Sequence[str] = (), fractions: Sequence[str] = ()) -> None:
@@ -310,6 +296,12 @@ def check_solver(solver: Any, argument: str = "solver") -> None:
         )
 
 
+def check_keep(keep: Any) -> None:
+    """Raises ValueError unless ``keep`` is a `Keep`."""
+    if keep not in ("best", "last"):
+        raise ValueError(f'got keep={keep!r}; wanted "best" or "last"')
+
+
 def check_image(z: PyTree, image: PyTree) -> PyTree:
     """Raises for an f that does not map the state to a state of the same kind.
 
@@ -330,8 +322,8 @@ def check_image(z: PyTree, image: PyTree) -> PyTree:
     if not same:
         raise ValueError(
             f"f returned {tree.describe(image)}; wanted {tree.describe(z)}, the tree, shapes and "
-            "dtypes of z0; cast or reshape inside f, start from another z0, or compute what else "
-            "f returns once, at the solution"
+            "dtypes of z0; cast or reshape inside f, start from another z0, or pass has_aux=True "
+            "to fixed_point if f returns (z, aux)"
         )
     return tree.match(z, image)
 
@@ -414,201 +406,6 @@ def without_batch(solution: Solution) -> Solution:
     stats = solution.stats
     first = jax.tree.map(lambda leaf: leaf[0], dataclasses.replace(stats, trace=None))
     trace = None if stats.trace is None else stats.trace[:, 0]
-    value = jax.tree.map(lambda leaf: leaf[0], solution.value)
-    return Solution(value=value, stats=dataclasses.replace(first, trace=trace))
-
-
-def solve(
-    solver: Solver,
-    f: Callable[[PyTree], PyTree],
-    z0: PyTree,
-    *,
-    max_steps: int | jax.Array | None = None,
-    keep: Keep = "best",
-    batched: bool | None = None,
-    trace: bool = True,
-) -> Solution:
-    """Solves z = f(z) for every sample of a batch.
-
-    One evaluation of f per step.  Each sample has its own residual (see `SolveStats`) and stops on
-    its own; the loop ends when all samples have stopped or the budget is spent.  A sample whose
-    residual is no longer finite is given up.  Not differentiable: see `deq_jax.fixed_point`.
-
-    Args:
-      solver: the method, e.g. ``Anderson(tol=1e-3, max_steps=30)``.
-      f: maps a tree of arrays ``[B, ...]`` to the same tree, sample by sample.
-      z0: start, tree of floating-point arrays ``[B, ...]``.
-      max_steps: budget of this call, a whole number from 0 to the solver's own, or a traced integer
-        scalar, which is cut off at these bounds.  0 returns ``z0`` unevaluated.
-      keep: ``"best"`` returns the iterate of the smallest residual; ``"last"`` the one after the
-        last step, or the one that converged.
-      batched: False for a z0 without a batch axis; True for samples that are single numbers.
-      trace: whether ``stats.trace`` is recorded.
-
-    Returns:
-      Solution with ``value`` like ``z0`` and the statistics.
-
-    Raises:
-      ValueError: for an empty batch, an f that changes tree, shape or dtype, or a bad budget.
-
-    Example:
-      >>> import jax.numpy as jnp, deq_jax as deq
-      >>> sol = deq.solve(deq.Picard(tol=1e-6, max_steps=100), jnp.cos, jnp.ones((1, 1)))
-      >>> round(float(sol.value[0, 0]), 4)
-      0.7391
-    """
-    check_solver(solver)
-    state = as_batched(z0, batched)
-    if batched is False:
-        f = Unbatched(f, 0)
-    program, consts, state = trace_map(lambda z: traced.trace(f, z), state)
-    static, budget = split_budget(solver, max_steps)
-    how = (solver, static, keep, trace)
-    solution = Solution(*traced.call(solve_traced, program, how, consts, (), state, (), budget))
-    return without_batch(solution) if batched is False else solution
-
-
-def solve_traced(
-    program: Traced,
-    solver: Solver,
-    static: int | None,
-    keep: Keep,
-    trace: bool,
-    consts: tuple[jax.Array, ...],
-    before: tuple[PyTree, ...],
-    z0: PyTree,
-    after: tuple[PyTree, ...],
-    budget: jax.Array | None,
-) -> tuple[PyTree, SolveStats]:
-    """Solves z = program(consts, *before, z, *after), for `traced.call`.
-
-    Args:
-      program: f, traced.
-      solver: the method.
-      static: the budget as a number, or None.
-      keep: which iterate is returned.
-      trace: whether the residuals of all steps are recorded.
-      consts: what f closes over.
-      before: arguments of f before z.
-      z0: start, tree of arrays ``[B, ...]``.
-      after: arguments of f after z.
-      budget: the budget as an array, or None.
-
-    Returns:
-      The value and the statistics.
-    """
-    steps = budget if static is None else static
-    return iterate(solver, lambda z: program(consts, *before, z, *after), z0, steps, keep, trace)
-
-
-def iterate(
-    solver: Solver,
-    f: Callable[[PyTree], PyTree],
-    z0: PyTree,
-    budget: int | jax.Array | None,
-    keep: Keep = "best",
-    trace: bool = True,
-) -> tuple[PyTree, SolveStats]:
-    """Runs the loop of `solve` on arguments that have been checked.
-
-    Args:
-      solver: the method.
-      f: maps a tree of arrays ``[B, ...]`` to the same tree.
-      z0: start, tree of arrays ``[B, ...]``.
-      budget: largest number of steps.
-      keep: which iterate is returned.
-      trace: whether the residuals of all steps are recorded.
-
-    Returns:
-      The value and the statistics.
-    """
-    if keep not in ("best", "last"):
-        raise ValueError(f'got keep={keep!r}; wanted "best" or "last"')
-    budget = solver.max_steps if budget is None else budget
-    column = tree.column(z0)  # [B]
-    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(z0))
-    largest = float(jnp.finfo(jnp.float32).max)
-
-    def body(c: _Loop) -> _Loop:
-        fz = f(c.z)
-        gap, size = tree.norm(jax.tree.map(jnp.subtract, fz, c.z)), tree.norm(fz)
-        first = jnp.where(c.k < 2, size, 0)
-        reference = jnp.maximum(c.reference, jnp.where(jnp.isfinite(gap), gap, 0))
-        reference = jnp.maximum(reference, jnp.where(jnp.isfinite(first), first, 0))
-        # Rounding f(z) must not cost as much as the first images had.
-        finite = jnp.isfinite(gap) & (eps * size <= reference)
-        if solver.stop == "rel":
-            size = jnp.minimum(size, _GROWTH * reference)
-            gap = jnp.where(gap == 0, 0, gap / size)
-        r = jnp.where(finite, jnp.minimum(gap, largest), jnp.inf).astype(jnp.float32)  # [B]
-        active = ~c.done
-        better = active & (r < c.residual)
-        done = c.done | (r <= solver.tol) | ~finite
-        residual = jnp.where(better if keep == "best" else active, r, c.residual)
-        num_steps = c.num_steps + active.astype(jnp.int32)
-        row = jnp.where(active, r, jnp.inf)
-        # One small kernel computes these; fused into the large ones below, it would be repeated,
-        # and keep copies of what it replaces.
-        better, done, residual, num_steps, row = lax.optimization_barrier(
-            (better, done, residual, num_steps, row)
-        )
-        z_next, state = solver.step(c.z, fz, c.state)
-        best = tree.where(better, c.z, c.best) if keep == "best" else None
-        z_next = _kept(done, c.z, z_next) if keep == "best" else tree.where(done, c.z, z_next)
-        residuals = c.trace
-        if residuals is not None:
-            residuals = lax.dynamic_update_index_in_dim(residuals, row, c.k, axis=0)
-        return _Loop(
-            k=c.k + 1,
-            z=z_next,
-            state=state,
-            best=best,
-            done=done,
-            num_steps=num_steps,
-            residual=residual,
-            reference=reference,
-            trace=residuals,
-        )
-
-    def loop(z0: PyTree, state: Any) -> tuple[PyTree, SolveStats]:
-        last = _Loop(
-            k=jnp.int32(0),
-            z=z0,
-            state=state,
-            best=z0 if keep == "best" else None,
-            done=column > 0,
-            num_steps=column.astype(jnp.int32),
-            residual=column + jnp.inf,
-            reference=column.astype(tree.widest(z0)),
-            trace=jnp.broadcast_to(column + jnp.inf, (solver.max_steps, column.shape[0]))
-            if trace
-            else None,
-        )
-        if not (isinstance(budget, int) and budget == 0):  # else there is nothing to compile
-            last = lax.while_loop(lambda c: jnp.any(~c.done & (c.num_steps < budget)), body, last)
-        stats = SolveStats(
-            num_steps=last.num_steps,
-            residual=last.residual,
-            converged=last.residual <= solver.tol,
-            trace=last.trace,
-        )
-        return last.z if last.best is None else last.best, stats
-
-    state = solver.init(z0)
-    if not history.is_large(state):
-        return loop(z0, state)
-    return lax.platform_dependent(
-        z0,
-        cpu=lambda z: loop(z, history.split(solver.init(z))),
-        default=lambda z: loop(z, solver.init(z)),
-    )
-
-
-def _kept(done: jax.Array, z: PyTree, z_next: PyTree) -> PyTree:
-    """Lets finished samples stay where it is cheap: nothing that is returned depends on them.
-
-    On accelerators the choice is one kernel with that of the best iterate, and saves a copy of z.
-    """
-    return lax.platform_dependent(
-        done, z, z_next, cpu=lambda done, z, z_next: z_next, default=tree.where
-    )
+    value, states = jax.tree.map(lambda leaf: leaf[0], (solution.value, solution.states))
+    stats = dataclasses.replace(first, trace=trace)
+    return dataclasses.replace(solution, value=value, stats=stats, states=states)

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from deq_jax import tree
-from deq_jax.implicit import fixed_point
+from deq_jax.fixed_point import fixed_point
 from deq_jax.solvers import Broyden, Solution, Solver
 from deq_jax.tree import PyTree
 

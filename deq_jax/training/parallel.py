@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from deq_jax import implicit, tree
-from deq_jax.implicit import Adjoint, BackwardStats, Map
+import deq_jax as deq
+from deq_jax import tree
+from deq_jax.adjoints import Adjoint, BackwardStats, Map
 from deq_jax.solvers import Solution, Solver, SolveStats
 from deq_jax.solvers.base import Keep
 from deq_jax.training.config import Config
@@ -70,10 +71,10 @@ def make_fixed_point(config: Config, mesh: Mesh | None, x_axes: Any = 0) -> Call
       A function with the signature of `deq_jax.fixed_point`.
 
     Example:
-      >>> make_fixed_point(Config(), None) is implicit.fixed_point
+      >>> make_fixed_point(Config(), None) is deq.fixed_point
       True
     """
-    solve = implicit.fixed_point if mesh is None else sharded_fixed_point(mesh, x_axes)
+    solve = deq.fixed_point if mesh is None else sharded_fixed_point(mesh, x_axes)
     return in_bfloat16(solve) if config.precision == "bf16" else solve
 
 
@@ -129,7 +130,7 @@ def sharded_fixed_point(
 
     Returns:
       A function with the signature of `deq_jax.fixed_point`, except that ``z0`` must have a batch
-      axis.
+      axis, and what f returns beside z (``has_aux``) too.
 
     Raises:
       ValueError: the mesh has no such axis; (from the function) B does not divide by the devices,
@@ -163,6 +164,8 @@ def sharded_fixed_point(
         keep: Keep = "best",
         batched: bool | None = None,
         trace: bool = True,
+        states: Sequence[int] = (),
+        has_aux: bool = False,
     ) -> Solution:
         if batched is False:
             raise ValueError(
@@ -177,7 +180,7 @@ def sharded_fixed_point(
             params: PyTree, z0: PyTree, x: PyTree, probe: BackwardStats | None, *budget: jax.Array
         ) -> Solution:
             x = jax.tree.map(lambda a, s: a if s else per_device(a, axis), x, is_split)
-            return implicit.fixed_point(
+            return deq.fixed_point(
                 f,
                 per_device(params, axis),
                 z0,
@@ -189,13 +192,16 @@ def sharded_fixed_point(
                 keep=keep,
                 batched=batched,
                 trace=trace,
+                states=states,
+                has_aux=has_aux,
             )
 
         spec = jax.tree.map(lambda s: split if s else whole, is_split)
         in_specs = (whole, split, spec, split, *(whole for _ in budget))
         by_step: Any = PartitionSpec(None, axis) if trace else None
         stats = SolveStats(num_steps=split, residual=split, converged=split, trace=by_step)
-        mapped = _shard_map(local, mesh, axis, in_specs, Solution(value=split, stats=stats))
+        out = Solution(value=split, stats=stats, states=split, aux=split)
+        mapped = _shard_map(local, mesh, axis, in_specs, out)
         return mapped(params, z0, x, probe, *budget)
 
     return fixed_point

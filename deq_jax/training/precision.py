@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deq_jax.implicit import Map
+from deq_jax.adjoints import Map
 from deq_jax.solvers import Equation, Solution
 from deq_jax.tree import PyTree
 

@@ -1,0 +1,15 @@
+"""Gradient rules for `deq_jax.fixed_point`, one a file."""
+
+from deq_jax.adjoints.base import Adjoint, BackwardStats, Map, backward_probe
+from deq_jax.adjoints.implicit import Implicit, root_vjp
+from deq_jax.adjoints.unroll import Unroll
+
+__all__ = [
+    "Adjoint",
+    "BackwardStats",
+    "Implicit",
+    "Map",
+    "Unroll",
+    "backward_probe",
+    "root_vjp",
+]
