@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 from deq_jax import init, masks
 from deq_jax.adjoints import (
     Adjoint,
+    Backprop,
     BackwardStats,
     Implicit,
+    Reversible,
+    Shine,
     Unroll,
     backward_probe,
     root_vjp,
 )
 from deq_jax.check import check
+from deq_jax.correction import correction
 from deq_jax.diagnosis import Diagnosis, diagnose
 from deq_jax.fixed_point import fixed_point
 from deq_jax.jacobian import frobenius_penalty, spectral_radius
@@ -37,12 +41,15 @@ from deq_jax.solvers import (
 __all__ = [
     "Adjoint",
     "Anderson",
+    "Backprop",
     "BackwardStats",
     "Broyden",
     "Diagnosis",
     "Equation",
     "Implicit",
     "Picard",
+    "Reversible",
+    "Shine",
     "Solution",
     "SolveStats",
     "Solver",
@@ -50,6 +57,7 @@ __all__ = [
     "WeightNorm",
     "backward_probe",
     "check",
+    "correction",
     "diagnose",
     "fixed_point",
     "frobenius_penalty",

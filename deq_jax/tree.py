@@ -206,6 +206,28 @@ def match(tree: PyTree, types: PyTree) -> PyTree:
     return jax.tree.map(leaf, tree, types)
 
 
+def vary(tree: PyTree, like: PyTree) -> PyTree:
+    """Lets arrays vary over the mesh axes that a state varies over inside `jax.shard_map`.
+
+    Where a loop is differentiated that devices leave at different steps, its operands are varied
+    before it: then autodiff sums their gradients over the devices once, outside of the loop.
+
+    Args:
+      tree: tree of arrays.
+      like: the state, tree of arrays.
+
+    Returns:
+      The same numbers.
+    """
+    axes = frozenset[str]().union(*(_varying(jax.typeof(leaf)) for leaf in jax.tree.leaves(like)))
+
+    def leaf(a: Any) -> Any:
+        missing = tuple(sorted(axes - _varying(jax.typeof(a))))
+        return lax.pcast(a, missing, to="varying") if missing else a
+
+    return jax.tree.map(leaf, tree)
+
+
 def _varying(type_of_array: Any) -> frozenset[str]:
     """Mesh axes that an array varies over inside `jax.shard_map`."""
     return getattr(getattr(type_of_array, "mat", None), "varying", frozenset())

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax import traced, tree
-from deq_jax.adjoints.base import BackwardStats, Call, Map, as_probe
+from deq_jax.adjoints.base import BackwardStats, Call, Floats, Map, as_probe
 from deq_jax.adjoints.unroll import applied
 from deq_jax.solvers.base import (
     Keep,
@@ -146,7 +146,8 @@ def _backward(
     """The backward pass: cotangents of the operands, and statistics."""
     # One linearisation serves the loop and the derivatives after it: inside the loop only the
     # product with df/dz is alive, and the compiler drops the rest.
-    vjp, gradients = linearized(program, operands, z)
+    floats = Floats(operands)
+    _, vjp = jax.vjp(lambda z, values: at(program, floats.fill(values))(z), z, floats.values)
     v, unscaled = at_unit_scale(rule.solver, cotangent)
 
     # The residuals of the linearisation are operands of a fixed point of its own, so that the
@@ -159,40 +160,8 @@ def _backward(
     settings = Settings(rule.solver, rule.solver.max_steps, rule.keep, trace=False)
     inner = Operands(held, ((vjp, v),), lax.stop_gradient(v), (None,), None)
     found = _implicit(system, rule, settings, inner, None)
-    return gradients(unscaled(found.value)), found.stats
-
-
-def linearized(
-    program: Traced, operands: Operands, z: PyTree
-) -> tuple[Callable[[PyTree], tuple], Callable[[PyTree], Operands]]:
-    """Linearises f at a state.
-
-    Args:
-      program: f.
-      operands: its operands.
-      z: the state, tree ``[B, ...]``.
-
-    Returns:
-      ``vjp``, a pytree, whose ``vjp(u)[0]`` is J^T u; and the function that turns u into the
-      cotangents of the operands, None for those that are no floating-point numbers.
-    """
-    leaves, treedef = jax.tree.flatten(operands._replace(z0=None, budget=None))
-    trained = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
-
-    def f(z: PyTree, *floats: jax.Array) -> PyTree:
-        given = iter(floats)
-        full = [next(given) if t else leaf for t, leaf in zip(trained, leaves, strict=True)]
-        return at(program, treedef.unflatten(full))(z)
-
-    floats = [leaf for t, leaf in zip(trained, leaves, strict=True) if t]
-    _, vjp = jax.vjp(f, z, *floats)
-
-    def gradients(u: PyTree) -> Operands:
-        _, *rest = vjp(u)
-        given = iter(rest)
-        return treedef.unflatten([next(given) if t else None for t in trained])
-
-    return vjp, gradients
+    _, gradients = vjp(unscaled(found.value))
+    return floats.cotangents(gradients), found.stats
 
 
 def _rooted(program: Traced, rule: Implicit, settings: Settings, operands: Operands) -> Outcome:

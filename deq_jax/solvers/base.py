@@ -204,7 +204,7 @@ def check_count(name: str, setting: str, value: Any) -> int:
     Raises:
       ValueError: if ``value`` is not a whole number, or is below one.
     """
-    number = _as_int(value)
+    number = as_int(value)
     if number is None or number < 1:
         raise ValueError(f"{name}: got {setting}={value!r}; wanted a whole number of at least 1")
     return number
@@ -248,7 +248,7 @@ def split_budget(
     if max_steps is None:
         return solver.max_steps, None
     if not isinstance(max_steps, jax.Array):
-        steps = _as_int(max_steps)
+        steps = as_int(max_steps)
         if steps is None or not 0 <= steps <= solver.max_steps:
             raise ValueError(
                 f"got max_steps={max_steps!r} for a solver with max_steps={solver.max_steps}; "
@@ -265,8 +265,8 @@ def split_budget(
     return None, jnp.minimum(max_steps, solver.max_steps)
 
 
-def _as_int(value: Any) -> int | None:
-    """The number if it is a whole one, also of NumPy's types."""
+def as_int(value: Any) -> int | None:
+    """Returns a whole number of Python's or NumPy's as int, and None for anything else."""
     if isinstance(value, bool):
         return None
     try:

@@ -137,6 +137,32 @@ class Broyden:
         z_next = jax.tree.map(jnp.add, z, s)
         return z_next, BroydenState(state.k + 1, steps, weights)
 
+    def transposed_inverse(self, v: PyTree, state: BroydenState, moves: jax.Array) -> PyTree:
+        """Applies -H^T, an approximation of (I - J)^-T with J = df/dz at the last iterate.
+
+        From the definitions above, -H^T v = v + sum_i (W^T e)_i s_i, where e_{j+1} is the product
+        of v with s_{j+1} - (1 - damping) s_j, in the slot of s_{j+1}.
+
+        Args:
+          v: tree ``[B, ...]``.
+          state: from a solve.
+          moves: int32 ``[B]``, how many steps of a sample to use; later ones are left out.
+
+        Returns:
+          Tree like ``v``.
+        """
+        m, lag = self._rows, 1 - self.damping
+        filled = jnp.minimum(state.k, m)
+        # Numbers of the steps by slot; the row of the oldest one belongs to a step not yet taken.
+        number = state.k - 1 - (state.k - 1 - jnp.arange(m, dtype=jnp.int32)) % m
+        first = jnp.maximum(0, state.k - m + 1)
+        used = (number >= first)[None] & (number[None] < moves[:, None])  # [B, m]
+        products = state.steps.inner(v, filled)  # [B, m]
+        e = products - (lag * jnp.roll(products, 1, axis=1) if lag else 0)
+        c = _apply(state.weights.swapaxes(1, 2), jnp.where(used, e, 0))
+        mixed = state.steps.combine(c, filled)
+        return jax.tree.map(lambda v, m: (v.astype(m.dtype) + m).astype(v.dtype), v, mixed)
+
 
 def _apply(matrix: jax.Array, v: jax.Array) -> jax.Array:
     """Multiplies ``[B, m, m]`` by ``[B, m]``, elementwise: that fuses with its neighbours."""
