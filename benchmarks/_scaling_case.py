@@ -60,8 +60,11 @@ def configure(case: Case) -> Any:
     from experiments.language_modeling.presets import PRESETS as LANGUAGE_PRESETS
 
     if case.model == "uneven":
-        common: Any = {"name": "anderson", "tol": 1e-4, "max_steps": 60}
-        solvers: Any = {"solver": SolverConfig(**common), "backward": BackwardConfig(**common)}
+        common: Any = {"tol": 1e-4, "max_steps": 60}
+        solvers: Any = {
+            "solver": SolverConfig(name="anderson", **common),
+            "backward": BackwardConfig(solver="anderson", **common),
+        }
         config = Config(optim=OptimConfig(name="sgd", lr=1e-6), **solvers)
     else:
         config = {**IMAGE_PRESETS, **LANGUAGE_PRESETS}[case.model]

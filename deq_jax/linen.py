@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from flax import core, errors
 from flax import linen as nn
 
-from deq_jax.adjoints import Adjoint, BackwardStats
-from deq_jax.fixed_point import fixed_point
+from deq_jax.adjoints import Adjoint, BackwardStats, Keep
+from deq_jax.fixed_point import check_rule, fixed_point
 from deq_jax.masks import has_method
 from deq_jax.solvers import Equation, Solution, Solver
 from deq_jax.tree import PyTree
@@ -86,12 +86,14 @@ class DEQ(nn.Module):
       reparam: an object with ``split`` and ``merge`` such as `deq_jax.weight_norm`.  The layer
         stores the split parameters and merges them once per call, outside the solve.
       keep: the iterate to return, ``"best"`` (smallest residual) or ``"last"``.
+      states: numbers of the iterates to sample into ``sol.states``, see `deq_jax.fixed_point`.
       fixed_point: the function that solves, called like `deq_jax.fixed_point`; replace it to solve
         on every device separately.
 
     Raises:
       ValueError: if ``cell`` is not a Linen module, draws random numbers, changes variables, is
-        applied outside this layer too, or shares a module whose weights ``reparam`` would split.
+        applied outside this layer too, or shares a module whose weights ``reparam`` would split; or
+        if solver and adjoint do not go together.
 
     Example:
       >>> import jax, jax.numpy as jnp, deq_jax as deq
@@ -115,7 +117,8 @@ class DEQ(nn.Module):
     solver: Solver
     adjoint: Adjoint | None = None
     reparam: Any = None
-    keep: Literal["best", "last"] = "best"
+    keep: Keep = "best"
+    states: tuple[int, ...] = ()
     fixed_point: Callable[..., Solution] = fixed_point
 
     def __post_init__(self) -> None:
@@ -125,6 +128,7 @@ class DEQ(nn.Module):
                 f"got {kind} as cell; wanted an instance of a flax.linen.Module; call the class "
                 "first, use deq_jax.nnx.DEQ for an NNX module, deq_jax.fixed_point for a function"
             )
+        check_rule(self.solver, self.adjoint, self.keep)
         super().__post_init__()
 
     @nn.compact
@@ -189,6 +193,7 @@ class DEQ(nn.Module):
             max_steps=max_steps,
             probe=probe,
             keep=self.keep,
+            states=self.states,
         )
         equation = sol.equation or Equation(f=f, params=variables, x=operand)
         return dataclasses.replace(sol, equation=equation)

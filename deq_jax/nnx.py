@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 from flax import nnx
 
-from deq_jax.adjoints import Adjoint, BackwardStats
-from deq_jax.fixed_point import fixed_point
+from deq_jax.adjoints import Adjoint, BackwardStats, Keep
+from deq_jax.fixed_point import check_rule, fixed_point
 from deq_jax.masks import has_method
 from deq_jax.solvers import Equation, Solution, Solver
 from deq_jax.tree import PyTree
@@ -78,11 +78,12 @@ class DEQ(nnx.Module):
       reparam: an object with ``split`` and ``merge`` such as `deq_jax.weight_norm`.  The layer
         stores the split parameters and merges them once per call, outside the solve.
       keep: the iterate to return, ``"best"`` (smallest residual) or ``"last"``.
+      states: numbers of the iterates to sample into ``sol.states``, see `deq_jax.fixed_point`.
       fixed_point: the function that solves, called like `deq_jax.fixed_point`; replace it to solve
         on every device separately.
 
     Raises:
-      ValueError: if ``cell`` is not an NNX module.
+      ValueError: if ``cell`` is not an NNX module, or solver and adjoint do not go together.
 
     Example:
       >>> import jax.numpy as jnp, deq_jax as deq
@@ -107,7 +108,8 @@ class DEQ(nnx.Module):
         solver: Solver,
         adjoint: Adjoint | None = None,
         reparam: Any = None,
-        keep: Literal["best", "last"] = "best",
+        keep: Keep = "best",
+        states: Sequence[int] = (),
         fixed_point: Callable[..., Solution] = fixed_point,
     ) -> None:
         if not isinstance(cell, nnx.Module):
@@ -117,7 +119,9 @@ class DEQ(nnx.Module):
                 "first, use deq_jax.linen.DEQ for a Linen module, deq_jax.fixed_point for a "
                 "function"
             )
+        check_rule(solver, adjoint, keep)
         self.cell = cell
+        self.states = tuple(states)
         self.solver, self.adjoint, self.keep = solver, adjoint, keep
         self.reparam, self.fixed_point = reparam, fixed_point
         if reparam is not None:
@@ -169,6 +173,7 @@ class DEQ(nnx.Module):
             max_steps=max_steps,
             probe=probe,
             keep=self.keep,
+            states=self.states,
         )
         equation = sol.equation or Equation(f=f, params=params, x=operand)
         return dataclasses.replace(sol, equation=equation)

@@ -98,6 +98,7 @@ def build_mdeq(config: Config, trunk: TrunkConfig, head: nn.Module, mesh: Mesh) 
         head=head,
         solver=config.build_solver(),
         adjoint=config.backward.build_adjoint(),
+        keep=config.solver.keep,
         downsample=trunk.downsample,
         momentum=trunk.momentum,
         fixed_point=make_fixed_point(config, mesh),
@@ -178,8 +179,8 @@ def broyden(forward: int, backward: int, stop: StopMode) -> dict[str, Any]:
       >>> broyden(18, 20, "rel")["solver"].max_steps
       18
     """
-    common: dict[str, Any] = {"name": "broyden", "tol": 1e-3, "stop": stop}
+    common: dict[str, Any] = {"tol": 1e-3, "stop": stop}
     return {
-        "solver": SolverConfig(max_steps=forward, **common),
-        "backward": BackwardConfig(max_steps=backward, **common),
+        "solver": SolverConfig(name="broyden", max_steps=forward, **common),
+        "backward": BackwardConfig(solver="broyden", max_steps=backward, **common),
     }

@@ -112,7 +112,7 @@ def tiny(folder):
         data=dataclasses.replace(preset.data, crop=(16, 32), eval_batch_size=2),
         train=steps,
         solver=SolverConfig(name="picard", max_steps=3),
-        backward=BackwardConfig(rule="unroll", name="picard", max_steps=1),
+        backward=BackwardConfig(name="unroll", max_steps=1),
         eval=EvalConfig(max_steps=3, budgets=(2,)),
         jac=JacConfig(),
         drawn=2,

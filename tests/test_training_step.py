@@ -174,7 +174,7 @@ def test_statistics_of_both_solves_are_reported():
 
 
 def test_an_unrolled_gradient_has_no_backward_statistics():
-    config = dataclasses.replace(CONFIG, backward=BackwardConfig(rule="unroll", max_steps=1))
+    config = dataclasses.replace(CONFIG, backward=BackwardConfig(name="unroll", max_steps=1))
     _, mesh, state, step = build(config)
     got = compute(step(state, place(BATCH, mesh))[1])
     assert "fwd_steps" in got
@@ -216,9 +216,11 @@ def test_the_state_is_donated_and_chance_depends_on_the_step_only():
 @pytest.mark.parametrize("sharded", [False, True])
 def test_one_and_eight_devices_learn_the_same(sharded):
     # Every solve takes its whole budget, far above rounding, which could end it a step later.
-    few = {"name": "picard", "max_steps": 3, "tol": 1e-12}
+    few = {"max_steps": 3, "tol": 1e-12}
     config = dataclasses.replace(
-        with_jac(gamma=1.0, prob=0.5), solver=SolverConfig(**few), backward=BackwardConfig(**few)
+        with_jac(gamma=1.0, prob=0.5),
+        solver=SolverConfig(name="picard", **few),
+        backward=BackwardConfig(solver="picard", **few),
     )
     outcomes = []
     for devices in (1, 8):

@@ -146,7 +146,7 @@ class ExampleConfig(Config):
 PRESETS = {
     "tiny": ExampleConfig(
         solver=SolverConfig(name="picard", max_steps=8, tol=1e-2),
-        backward=BackwardConfig(name="picard", max_steps=8),
+        backward=BackwardConfig(solver="picard", max_steps=8),
         jac=JacConfig(gamma=0.5, prob=0.5, budget_low=-2, budget_high=1),
         train=TrainConfig(
             steps=30,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 import deq_jax as deq
 from deq_jax import linen
-from deq_jax.adjoints import Adjoint, BackwardStats
+from deq_jax.adjoints import Adjoint, BackwardStats, Keep
 from deq_jax.models.layers import NORMAL, BatchNorm, Conv
 from deq_jax.models.mdeq_cell import WEIGHT_NORM, MDEQCell
 from deq_jax.solvers import Solution, Solver
@@ -67,6 +67,7 @@ class MDEQ(nn.Module):
       head: a module called as ``head(z, train=...)``: one of `models.heads`.
       solver: forward solver.
       adjoint: gradient rule; None for `Implicit(solver)`.
+      keep: the iterate to return, ``"best"`` (smallest residual) or ``"last"``.
       downsample: how often the stem halves the images, 0 to 2.
       momentum: weight of the newest batch in the stem's running batch statistics.
       reparam: reparametrisation of the cell's parameters, None for plain ones.
@@ -90,6 +91,7 @@ class MDEQ(nn.Module):
     head: nn.Module
     solver: Solver
     adjoint: Adjoint | None = None
+    keep: Keep = "best"
     downsample: int = 0
     momentum: float = 0.1
     reparam: Any = WEIGHT_NORM
@@ -134,6 +136,7 @@ class MDEQ(nn.Module):
             self.cell.clone(parent=None, name=None),
             self.solver,
             adjoint=self.adjoint,
+            keep=self.keep,
             reparam=self.reparam,
             fixed_point=self.fixed_point,
             name="equilibrium",

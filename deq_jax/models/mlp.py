@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 import deq_jax as deq
 from deq_jax import linen
-from deq_jax.adjoints import Adjoint, BackwardStats
+from deq_jax.adjoints import Adjoint, BackwardStats, Keep
 from deq_jax.models.families import product_inits
 from deq_jax.solvers import Solution, Solver
 
@@ -120,6 +120,7 @@ class ScalarDEQ(nn.Module):
     Attributes:
       solver: forward solver.
       adjoint: gradient rule; None for `Implicit(solver)`.
+      keep: the iterate to return, ``"best"`` (smallest residual) or ``"last"``.
       hidden: hidden units of the cell.
       weights: family of the cell's initial weights; None for the published ones.
       fixed_point: `deq.fixed_point`, or the sharded one of `training.parallel`.
@@ -134,6 +135,7 @@ class ScalarDEQ(nn.Module):
 
     solver: Solver
     adjoint: Adjoint | None = None
+    keep: Keep = "best"
     hidden: int = 50
     weights: deq.init.MatrixInitializer | None = None
     fixed_point: Callable[..., Solution] = deq.fixed_point
@@ -162,6 +164,7 @@ class ScalarDEQ(nn.Module):
             ToyCell(self.hidden, self.weights, parent=None),
             self.solver,
             adjoint=self.adjoint,
+            keep=self.keep,
             fixed_point=self.fixed_point,
             name="equilibrium",
         )
@@ -179,6 +182,7 @@ class MLPDEQ(nn.Module):
       width: D, size of the state.
       solver: forward solver.
       adjoint: gradient rule; None for `Implicit(solver)`.
+      keep: the iterate to return, ``"best"`` (smallest residual) or ``"last"``.
       activation: phi.
       kernel_init: initialiser of W.
       reparam: reparametrisation of W, None for a plain one.
@@ -196,6 +200,7 @@ class MLPDEQ(nn.Module):
     width: int
     solver: Solver
     adjoint: Adjoint | None = None
+    keep: Keep = "best"
     activation: Activation = jnp.tanh
     kernel_init: Callable[..., jax.Array] = deq.init.orthogonal(0.5)
     reparam: Any = None
@@ -226,6 +231,7 @@ class MLPDEQ(nn.Module):
             DenseCell(self.activation, self.kernel_init, parent=None),
             self.solver,
             adjoint=self.adjoint,
+            keep=self.keep,
             reparam=self.reparam,
             fixed_point=self.fixed_point,
             name="equilibrium",

@@ -23,7 +23,7 @@ from jax import lax
 
 import deq_jax as deq
 from deq_jax import linen
-from deq_jax.adjoints import Adjoint, BackwardStats
+from deq_jax.adjoints import Adjoint, BackwardStats, Keep
 from deq_jax.models.embeddings import AdaptiveEmbedding
 from deq_jax.models.layers import NORMAL
 from deq_jax.models.transformer_cell import Injection, Memory, TransformerCell, positions
@@ -175,6 +175,7 @@ class DEQTransformer(_LanguageModel):
       init_weights: initialiser of the injection's weights.
       solver: forward solver.
       adjoint: gradient rule; None for `Implicit(solver)`.
+      keep: the iterate to return, ``"best"`` (smallest residual) or ``"last"``.
       fixed_point: `deq.fixed_point`, or the sharded one of `training.parallel`.
 
     Example:
@@ -194,6 +195,7 @@ class DEQTransformer(_LanguageModel):
 
     solver: Solver = deq.Anderson()
     adjoint: Adjoint | None = None
+    keep: Keep = "best"
     fixed_point: Callable[..., Solution] = deq.fixed_point
 
     def setup(self) -> None:
@@ -203,6 +205,7 @@ class DEQTransformer(_LanguageModel):
             self.cell.clone(parent=None, name=None),
             self.solver,
             adjoint=self.adjoint,
+            keep=self.keep,
             reparam=self.reparam,
             fixed_point=self.fixed_point,
         )

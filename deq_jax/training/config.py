@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import deq_jax as deq
 
 ModelT = TypeVar("ModelT")
 SolverName = Literal["picard", "anderson", "broyden"]
+RuleName = Literal["implicit", "neumann", "unroll", "backprop", "reversible", "shine"]
 StopMode = Literal["rel", "abs"]
+Keep = Literal["best", "last"]
 
 
 def option(default: Any, description: str, *, may_change: bool = False) -> Any:
@@ -70,6 +72,35 @@ def require(condition: bool, name: str, wanted: str, got: object) -> None:
         raise ValueError(f"{name} must be {wanted}, got {got!r}")
 
 
+def build_method(name: SolverName, config: SolverConfig | BackwardConfig, max_steps: int) -> Any:
+    """The solver that a part of the configuration describes.
+
+    Args:
+      name: the method.
+      config: its settings.
+      max_steps: its budget.
+
+    Returns:
+      `deq.Picard`, `deq.Anderson` or `deq.Broyden`.
+    """
+    common: Any = {"tol": config.tol, "max_steps": max_steps, "stop": config.stop}
+    if config.memory is not None:
+        common["memory"] = config.memory
+    methods = {"picard": deq.Picard, "anderson": deq.Anderson, "broyden": deq.Broyden}
+    return methods[name](damping=config.damping, **common)
+
+
+def _check_method(name: SolverName, config: SolverConfig | BackwardConfig) -> None:
+    require(0 < config.tol < math.inf, "tol", "above 0 and finite", config.tol)
+    require(0 < config.damping <= 1, "damping", "in (0, 1]", config.damping)
+    if config.memory is not None:
+        require(config.memory >= 1, "memory", "at least 1, or none", config.memory)
+        if name == "picard":
+            raise ValueError(
+                f"memory must be none for picard, which keeps no history, got {config.memory}"
+            )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SolverConfig:
     """The forward solver."""
@@ -79,20 +110,12 @@ class SolverConfig:
     max_steps: int = option(30, "budget: evaluations of f for each solve")
     stop: StopMode = option("rel", "residual: relative to the norm of f(z), or absolute")
     memory: int | None = option(None, "rows of history kept; none for the method's own default")
-    damping: float = option(1.0, "step length of picard and anderson, in (0, 1]")
+    damping: float = option(1.0, "step length, in (0, 1]")
+    keep: Keep = option("best", "iterate that is returned: that of the smallest residual, or last")
 
     def __post_init__(self) -> None:
-        require(0 < self.tol < math.inf, "tol", "above 0 and finite", self.tol)
         require(self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
-        require(0 < self.damping <= 1, "damping", "in (0, 1]", self.damping)
-        if self.memory is not None:
-            require(self.memory >= 1, "memory", "at least 1, or none", self.memory)
-            if self.name == "picard":
-                raise ValueError(
-                    f"memory must be none for picard, which keeps no history, got {self.memory}"
-                )
-        if self.name == "broyden" and self.damping != 1:
-            raise ValueError(f"damping must be 1 for broyden, which has none, got {self.damping}")
+        _check_method(self.name, self)
 
     def build(self, max_steps: int | None = None) -> deq.Picard | deq.Anderson | deq.Broyden:
         """The solver that these values describe.
@@ -107,41 +130,62 @@ class SolverConfig:
           >>> SolverConfig(name="picard", max_steps=7).build().max_steps
           7
         """
-        steps = self.max_steps if max_steps is None else max_steps
-        common = {"tol": self.tol, "max_steps": steps, "stop": self.stop}
-        if self.memory is not None:
-            common["memory"] = self.memory
-        if self.name == "broyden":
-            return deq.Broyden(**common)
-        if self.name == "anderson":
-            return deq.Anderson(damping=self.damping, **common)
-        return deq.Picard(damping=self.damping, **common)
+        return build_method(self.name, self, self.max_steps if max_steps is None else max_steps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BackwardConfig(SolverConfig):
-    """The gradient rule: the solver of the backward linear system, or unrolling."""
+class BackwardConfig:
+    """The gradient rule, and the solver of its linear system."""
 
-    tol: float = option(1e-4, "residual below which a sample's backward system counts as solved")
-    rule: Literal["implicit", "unroll"] = option(
+    name: RuleName = option(
         "implicit",
-        "implicit: solve the backward system; unroll: differentiate max_steps steps damped by "
-        "damping (1 step: Jacobian-free gradient; several: phantom gradient)",
+        "the gradient rule. implicit: solve the backward system; neumann: its series of max_steps "
+        "products; unroll: differentiate max_steps steps, damped by damping, from the solution "
+        "(1 step: Jacobian-free gradient; several: phantom gradient); backprop: differentiate the "
+        "solver's own steps; reversible: the same for an iteration damped by damping that runs "
+        "backward (solver.name=picard solver.keep=last); shine: Broyden's forward factors, refined "
+        "by max_steps products (solver.name=broyden)",
     )
+    solver: SolverName = option("anderson", "the method for the backward system of implicit")
+    tol: float = option(1e-4, "residual below which a sample's backward system counts as solved")
+    max_steps: int = option(30, "budget of implicit: products with the Jacobian; see name")
+    stop: StopMode = option("rel", "residual: relative to the norm of the image, or absolute")
+    memory: int | None = option(None, "rows of history kept; none for the method's own default")
+    damping: float = option(1.0, "step length, in (0, 1]")
+    segments: int = option(1, "backprop: stretches of steps of which only the first is stored")
 
-    def build_adjoint(self) -> deq.Implicit | deq.Unroll:
+    def __post_init__(self) -> None:
+        rules = get_args(RuleName)
+        require(self.name in rules, "name", f"one of {', '.join(rules)}", self.name)
+        least = 0 if self.name == "shine" else 1
+        require(self.max_steps >= least, "max_steps", f"at least {least}", self.max_steps)
+        require(self.segments >= 1, "segments", "at least 1", self.segments)
+        _check_method(self.solver, self)
+        self.build_adjoint()
+
+    def build_adjoint(self) -> deq.Adjoint:
         """The gradient rule that these values describe, for `deq.fixed_point(adjoint=...)`.
 
         Returns:
-          `deq.Implicit(solver)` or `deq.Unroll(max_steps, damping)`.
+          A rule of `deq_jax.adjoints`.
 
         Example:
-          >>> BackwardConfig(rule="unroll", max_steps=5, damping=0.5).build_adjoint()
+          >>> BackwardConfig(name="unroll", max_steps=5, damping=0.5).build_adjoint()
           Unroll(steps=5, damping=0.5)
         """
-        if self.rule == "unroll":
-            return deq.Unroll(self.max_steps, damping=self.damping)
-        return deq.Implicit(self.build())
+        match self.name:
+            case "implicit":
+                return deq.Implicit(build_method(self.solver, self, self.max_steps))
+            case "neumann":
+                series = deq.Picard(tol=self.tol, max_steps=self.max_steps, stop=self.stop)
+                return deq.Implicit(series, keep="last")
+            case "unroll":
+                return deq.Unroll(self.max_steps, damping=self.damping)
+            case "backprop":
+                return deq.Backprop(self.segments)
+            case "reversible":
+                return deq.Reversible(self.damping)
+        return deq.Shine(self.max_steps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -308,6 +352,7 @@ class Config:
             f"above -solver.max_steps = -{self.solver.max_steps}",
             self.jac.budget_low,
         )
+        self.backward.build_adjoint().check(self.solver.build(), self.solver.keep)
 
     @property
     def eval_steps(self) -> int:

@@ -199,7 +199,7 @@ class InitConfig(Config):
 _DIGITS = InitConfig(
     workdir="runs/initialization",
     solver=SolverConfig(name="anderson", max_steps=20, tol=1e-3, memory=4),
-    backward=BackwardConfig(name="anderson", max_steps=20, tol=1e-3, memory=4),
+    backward=BackwardConfig(solver="anderson", max_steps=20, tol=1e-3, memory=4),
     optim=OptimConfig(name="adam", lr=3e-3, schedule="cosine"),
     train=TrainConfig(steps=300, batch_size=64, log_every=100),
 )

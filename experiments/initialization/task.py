@@ -39,6 +39,7 @@ class MLPTask:
             width=config.model.width,
             solver=config.build_solver(),
             adjoint=config.backward.build_adjoint(),
+            keep=config.solver.keep,
             activation=_ACTIVATIONS[config.model.activation],
             fixed_point=make_fixed_point(config, None),
         )

@@ -53,7 +53,7 @@ def solvers(forward: int, backward: int) -> dict[str, Any]:
     """
     return {
         "solver": SolverConfig(name="anderson", tol=1e-3, max_steps=forward),
-        "backward": BackwardConfig(name="broyden", tol=1e-3, max_steps=backward),
+        "backward": BackwardConfig(solver="broyden", tol=1e-3, max_steps=backward),
     }
 
 

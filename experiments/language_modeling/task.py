@@ -166,6 +166,7 @@ def build_model(
     return DEQTransformer(
         solver=config.build_solver(),
         adjoint=config.backward.build_adjoint(),
+        keep=config.solver.keep,
         fixed_point=make_fixed_point(config, mesh, LanguageTask.x_axes),
         **common,
     )

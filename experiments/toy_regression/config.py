@@ -82,7 +82,7 @@ PRESETS = {
     "paper": ToyConfig(
         workdir="runs/toy_regression",
         solver=SolverConfig(name="broyden", max_steps=6, tol=1e-3),
-        backward=BackwardConfig(name="broyden", max_steps=6, tol=1e-3),
+        backward=BackwardConfig(solver="broyden", max_steps=6, tol=1e-3),
         jac=JacConfig(prob=0.4, probes=1),
         optim=OptimConfig(name="adam", lr=1e-3, schedule="constant", clip=1.0),
         train=TrainConfig(steps=5000, batch_size=64, log_every=500, checkpoint_every=2500),

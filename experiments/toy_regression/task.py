@@ -32,6 +32,7 @@ class ToyTask:
         self.model = ScalarDEQ(
             solver=config.build_solver(),
             adjoint=config.backward.build_adjoint(),
+            keep=config.solver.keep,
             hidden=config.model.hidden,
             weights=config.model.build_weights(),
             fixed_point=make_fixed_point(config, mesh),

@@ -1,0 +1,207 @@
+"""Every gradient rule on the preset `digits`: accuracy, time and memory of a step, evaluations.
+
+    python -m benchmarks.rules
+
+Each rule trains with and without Jacobian regularisation, once for every seed, by the command of
+the experiment; runs that are already in --work are not repeated.  Then the training steps of all
+rules are compiled in one process and timed in turns.  Writes rules.json and prints the table.
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks._case import in_process
+
+RULES: dict[str, dict[str, Any]] = {
+    "implicit": {},
+    "neumann": {"backward.name": "neumann"},
+    "unroll": {"backward.name": "unroll", "backward.max_steps": 1},
+    "backprop": {"backward.name": "backprop"},
+    "reversible": {
+        "backward.name": "reversible",
+        "backward.damping": 0.5,
+        "solver.name": "picard",
+        "solver.keep": "last",
+    },
+    "shine": {"backward.name": "shine", "backward.max_steps": 0},
+    "shine-2": {"backward.name": "shine", "backward.max_steps": 2},
+}
+"""Name -> flags; all others are the preset's: Broyden, 8 steps forward, 8 products backward."""
+
+BUDGETS = ("8", "30")
+PENALTY = {"jr": {}, "no_jr": {"jac.gamma": 0}}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line.
+
+    Args:
+        arguments: instead of sys.argv.
+
+    Returns:
+        The chosen rules, seeds, training steps, folders and number of timed steps.
+    """
+    parser = argparse.ArgumentParser(description="Train digits by every gradient rule.")
+    parser.add_argument("--rules", nargs="+", choices=tuple(RULES), default=tuple(RULES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
+    parser.add_argument("--steps", type=int, default=300, help="training steps of a run")
+    parser.add_argument("--work", type=Path, default=Path("runs/rules"), help="folder of the runs")
+    parser.add_argument("--repeats", type=int, default=15, help="timed steps; the median is shown")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    return parser.parse_args(arguments)
+
+
+def train(rule: str, penalty: str, seed: int, steps: int, work: Path) -> dict:
+    """Train once, unless it has been done.
+
+    Args:
+        rule: of `RULES`.
+        penalty: of `PENALTY`.
+        seed: of weights and batches.
+        steps: training steps.
+        work: folder of the runs.
+
+    Returns:
+        What the experiment writes about the model, or "error".
+    """
+    folder = work / f"{rule}_{penalty}_{seed}_{steps}"
+    if not (folder / "results.json").exists():
+        flags = RULES[rule] | PENALTY[penalty]
+        flags |= {
+            "train.seed": seed,
+            "train.steps": steps,
+            "train.eval_every": 0,
+            "preset": "digits",
+        }
+        command = [sys.executable, "-m", "experiments.image_classification.main", "--nocompare"]
+        ended = subprocess.run(
+            [*command, f"--workdir={folder}", *(f"--{name}={flags[name]}" for name in flags)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if ended.returncode:
+            return {"error": ended.stderr.strip().splitlines()[-1]}
+    return json.loads((folder / "results.json").read_text())["model"]
+
+
+def measure_steps(rules: list[str], repeats: int) -> dict[str, dict]:
+    """Compile and time one training step of every rule, with a penalty in every step.
+
+    Args:
+        rules: of `RULES`.
+        repeats: timed steps.
+
+    Returns:
+        Rule -> "ms", the median, and "mib", the temporary memory of the compiled step.
+    """
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 2)
+    from benchmarks._case import times_ms
+    from deq_jax.training.optim import make_optimizer
+    from deq_jax.training.parallel import make_mesh
+    from deq_jax.training.placement import place
+    from deq_jax.training.state import create_state
+    from deq_jax.training.step import make_train_step
+    from experiments.image_classification.data import build_data
+    from experiments.image_classification.presets import PRESETS
+    from experiments.image_classification.task import ImageTask
+
+    mesh = make_mesh()
+    runs, memory = [], {}
+    for rule in rules:
+        config = _with_flags(PRESETS["digits"], RULES[rule] | {"jac.prob": 1.0})
+        task = ImageTask(config, mesh)
+        optimizer = make_optimizer(config.optim, config.train.steps)
+        state = create_state(task, optimizer, 0, mesh)
+        batch = place(next(build_data(config)[0]), mesh)
+        step: Any = make_train_step(task, config, optimizer, mesh)
+        program = step.lower(state, batch).compile()
+        memory[rule] = program.memory_analysis().temp_size_in_bytes / 2**20
+        box = [state]
+
+        def run(program: Any = program, box: list = box, batch: Any = batch) -> None:
+            box[0], measured = program(box[0], batch)
+            jax.block_until_ready(measured)
+
+        runs.append(run)
+    walls = [statistics.median(w for w, _ in times) for times in times_ms(runs, repeats, 120.0)]
+    return {rule: {"ms": ms, "mib": memory[rule]} for rule, ms in zip(rules, walls, strict=True)}
+
+
+def _with_flags(config: Any, values: dict[str, Any]) -> Any:
+    parts: dict[str, dict[str, Any]] = {}
+    for flag, value in values.items():
+        part, name = flag.split(".")
+        parts.setdefault(part, {})[name] = value
+    changed = {
+        part: dataclasses.replace(getattr(config, part), **own) for part, own in parts.items()
+    }
+    return dataclasses.replace(config, **changed)
+
+
+def table(report: dict) -> str:
+    """The results as Markdown.
+
+    Args:
+        report: as it is written to rules.json.
+
+    Returns:
+        The text: mean and range over the seeds; times and memory relative to the first rule's.
+    """
+    heads = [f"{name} at {b}, %" for name in ("JR", "no JR") for b in BUDGETS]
+    lines = ["| rule | " + " | ".join(heads) + " | steps forward, backward | time | memory |"]
+    lines.append("| --- | " + " | ".join("---" for _ in range(len(heads) + 3)) + " |")
+    rules = list(report["steps"])
+    base = report["steps"][rules[0]]
+    for rule in rules:
+        cells = []
+        for penalty in PENALTY:
+            rows = [r for r in report["runs"] if (r["rule"], r["penalty"]) == (rule, penalty)]
+            for budget in BUDGETS:
+                values = [100 * r["accuracy"][budget] for r in rows if "accuracy" in r]
+                mean = statistics.mean(values) if values else float("nan")
+                spread = f" ({min(values):.1f} to {max(values):.1f})" if values else ""
+                cells.append(f"{mean:.1f}{spread}")
+        used = [r for r in report["runs"] if r["rule"] == rule and "accuracy" in r]
+        forward = statistics.mean(r["train_steps"] for r in used)
+        backward = statistics.mean(r.get("backward_steps") or 0 for r in used)
+        own = report["steps"][rule]
+        cells.append(f"{forward:.1f}, {backward:.1f}")
+        cells += [f"{own[key] / base[key]:.2f}" for key in ("ms", "mib")]
+        lines.append(f"| {rule} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run everything and write the results."""
+    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
+        print(json.dumps(measure_steps(**json.loads(sys.argv[1]))))
+        return
+    options = parse()
+    runs = []
+    for seed in options.seeds:
+        for rule in options.rules:
+            for penalty in PENALTY:
+                row = train(rule, penalty, seed, options.steps, options.work)
+                runs.append({"rule": rule, "penalty": penalty, "seed": seed} | row)
+                shown = row.get("error") or row["accuracy"]
+                print(f"{rule} {penalty} {seed}: {shown}", file=sys.stderr, flush=True)
+    steps = in_process("benchmarks.rules", {"rules": options.rules, "repeats": options.repeats})
+    machine = platform.processor() or platform.machine()
+    report = {"machine": machine, "train_steps": options.steps, "runs": runs, "steps": steps}
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "rules.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()
