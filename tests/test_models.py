@@ -97,6 +97,59 @@ def test_conv_third_order():
         np.testing.assert_allclose(ours, nested(plain_conv), rtol=1e-10, atol=1e-10)
 
 
+def test_conv_and_group_norm_in_forward_mode(conv_case):
+    """They refused: a custom_vjp has no jvp."""
+    x, kernel, strides = conv_case
+    rng = np.random.default_rng(4)
+    d_x, d_kernel = (jnp.asarray(rng.normal(size=a.shape)) for a in (x, kernel))
+
+    def by_hand(x):
+        mean, var = (m(x, axis=(1, 2), keepdims=True) for m in (jnp.mean, jnp.var))
+        return (x - mean) / jnp.sqrt(var + 1e-5)
+
+    def net(conv, norm):
+        return lambda x, k: norm(jnp.tanh(conv(jnp.sin(x), k, strides)))
+
+    ours = net(lambda x, k, s: layers.conv2d(x, k, strides=s), lambda y: layers.group_norm(y, 4))
+    theirs = net(plain_conv, by_hand)
+
+    def orders(f):
+        loss = lambda x, k: jnp.sum(jnp.sin(3 * f(x, k)))  # noqa: E731
+        forward = jax.jvp(f, (x, kernel), (d_x, d_kernel))
+        mixed = jax.jvp(jax.grad(loss, (0, 1)), (x, kernel), (d_x, d_kernel))
+        back = jax.grad(lambda *a: jnp.sum(jax.jvp(loss, a, (d_x, d_kernel))[1]), (0, 1))(x, kernel)
+        many = jax.vmap(lambda d: jax.jvp(f, (x, kernel), (d, d_kernel))[1])(jnp.stack([d_x, x]))
+        each = jax.vmap(lambda x, k: f(x, k))(jnp.stack([x, d_x]), jnp.stack([kernel, d_kernel]))
+        return forward, mixed, back, many, each
+
+    for a, b in zip(jax.tree.leaves(orders(ours)), jax.tree.leaves(orders(theirs)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_conv_in_shard_map_and_on_a_mesh(kind):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+    rng = np.random.default_rng(5)
+    x = jnp.asarray(rng.normal(size=(8, 6, 6, 2)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 2, 3)), jnp.float32)
+    whole, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
+
+    def net(x, kernel):
+        return jnp.tanh(layers.conv2d(x, kernel))
+
+    gradient = jax.grad(lambda net, *a: jnp.sum(net(*a) ** 2), (1, 2))
+    wanted = gradient(net, x, kernel)
+    mapped = jax.shard_map(net, mesh=mesh, in_specs=(split, whole), out_specs=split)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, split))
+        # Over Explicit axes XLA's own kernel gradient wants an out_sharding: shard_map alone.
+        nets = (net, mapped) if kind == jax.sharding.AxisType.Auto else (mapped,)
+        results = [jax.jit(lambda *a, f=f: gradient(f, *a))(placed, kernel) for f in nets]
+    for result in results:
+        for a, b in zip(result, wanted, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_conv_gradients_keep_the_layout():
     """No convolution of a second-order gradient leaves NHWC / HWIO, the layout fast in loops."""
     x, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 4))

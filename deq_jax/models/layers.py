@@ -1,151 +1,24 @@
-"""Layers of image models: the one convolution, normalisations, changes of resolution.
-
-Images are NHWC and kernels HWIO everywhere: XLA's CPU convolution is fast inside a loop for this
-pair of layouts only, and 5 to 40 times slower for any other.
-"""
+"""Layers of image models: convolution, normalisations, changes of resolution."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-Pair = tuple[int, int]
-
-_LAYOUT = ("NHWC", "HWIO", "NHWC")
+from deq_jax.models.convolution import Pair, conv2d
 
 NORMAL = nn.initializers.normal(0.01)
 """What the published codes draw every weight from that weight norm does not own."""
 
 UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """Uniform in +-1/sqrt(fan in), PyTorch's default, which they leave where weight norm is."""
-
-
-class _How(NamedTuple):
-    """The geometry of a convolution, a number for each of H and W."""
-
-    strides: Pair
-    pads: tuple[Pair, ...]
-    dilation: Pair  # of the input: 2 puts one zero between neighbours
-    spread: Pair  # of the kernel, likewise
-
-
-def conv2d(x: jax.Array, kernel: jax.Array, *, strides: int | Pair = 1) -> jax.Array:
-    """Convolves images with a kernel whose centre stands on every s-th pixel, from the first on.
-
-    y[b, i, j, o] = sum_{p, q, c} x[b, s i + p - l, s j + q - l, c] kernel[p, q, c, o]
-
-    with l = (window - 1) // 2 zeros before and window // 2 after each axis.  For stride 1 that is
-    XLA's "SAME"; for larger strides "SAME" would put the grid elsewhere, depending on the size,
-    while this is what published weights were trained with.
-
-    The values are those of `jax.lax.conv_general_dilated`.  On a CPU both gradients are further
-    convolutions of the same layout: autodiff changes the order of the dimensions, which inside a
-    loop or a `lax.cond` is 5 to 80 times slower for ``x`` and 50 to 150 times for the kernel.  On
-    other platforms the gradients are autodiff's.  Reverse mode may be nested to any order; forward
-    mode (`jax.jvp`) raises TypeError, as for every `jax.custom_vjp`.
-
-    Args:
-      x: images, float ``[B, H, W, C]``.
-      kernel: weights, float ``[P, Q, C, O]``.
-      strides: step of the output grid, one number or one for each of H and W.
-
-    Returns:
-      float ``[B, ceil(H / stride), ceil(W / stride), O]``.
-
-    Raises:
-      ValueError: the shapes do not fit, or a stride is below 1.
-
-    Example:
-      >>> conv2d(jnp.ones((1, 5, 5, 2)), jnp.ones((3, 3, 2, 4)), strides=2).shape
-      (1, 3, 3, 4)
-    """
-    pair = (strides, strides) if isinstance(strides, int) else tuple(strides)
-    if x.ndim != 4 or kernel.ndim != 4 or x.shape[3] != kernel.shape[2]:
-        raise ValueError(
-            f"got x of shape {x.shape} and a kernel of shape {kernel.shape}; wanted [B, H, W, C] "
-            "and [P, Q, C, O] with the same C; transpose NCHW images and OIHW kernels beforehand"
-        )
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"got strides={strides}; wanted one or two whole numbers of at least 1")
-    pads = tuple(((window - 1) // 2, window // 2) for window in kernel.shape[:2])
-    return _conv(x, kernel, _How(pair, pads, (1, 1), (1, 1)))
-
-
-def _plain_conv(x: jax.Array, kernel: jax.Array, how: _How, layout: Any = _LAYOUT) -> jax.Array:
-    """y[i] = sum_p dilated_x[i * stride + p * spread - before] kernel[p], along both axes."""
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        how.strides,
-        how.pads,
-        lhs_dilation=how.dilation,
-        rhs_dilation=how.spread,
-        dimension_numbers=layout,
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv(x: jax.Array, kernel: jax.Array, how: _How) -> jax.Array:
-    return _plain_conv(x, kernel, how)
-
-
-def _conv_fwd(x: jax.Array, kernel: jax.Array, how: _How) -> tuple[jax.Array, Any]:
-    # A CPU keeps the flipped kernel: in a backward solve it would be made once a step.
-    return _conv(x, kernel, how), (x, kernel, kernel[::-1, ::-1].swapaxes(2, 3))
-
-
-def _conv_bwd(how: _How, saved: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both gradients: on a CPU convolutions of the same family, so that this holds at every order.
-
-    Elsewhere they are what autodiff of `_plain_conv` makes, which XLA knows how to match with a
-    library's gradients.
-    """
-    x, kernel, flipped = saved
-    x_pads, kernel_pads = [], []
-    for axis in (0, 1):
-        before, spread = how.pads[axis][0], how.spread[axis]
-        window = (kernel.shape[axis] - 1) * spread + 1
-        size = (x.shape[axis + 1] - 1) * how.dilation[axis] + 1
-        reach = (cotangent.shape[axis + 1] - 1) * how.strides[axis] + 1
-        x_pads.append((window - 1 - before, size - reach + before))
-        kernel_pads.append((before, window - 1 + reach - size - before))
-    # To x: tap p carried position i * stride + p * spread - before to i; the flipped tap carries it
-    # back.  Stride and dilation change places.
-    to_x = _How(how.dilation, tuple(x_pads), how.strides, how.spread)
-    # To the kernel: the same sum read as a convolution over p whose taps are the positions i.
-    # Stride and spread change places, channels and batch of x too.
-    to_kernel = _How(how.spread, tuple(kernel_pads), how.dilation, how.strides)
-
-    def cpu_kernel(x: jax.Array, cotangent: jax.Array) -> jax.Array:
-        y: Any = _conv(x.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3), to_kernel)
-        return y.transpose(1, 2, 0, 3)
-
-    d_x = lax.platform_dependent(
-        cotangent,
-        kernel,
-        flipped,
-        cpu=lambda y, _, flipped: _conv(y, flipped, to_x),
-        default=lambda y, kernel, _: _plain_conv(
-            y, lax.rev(kernel, (0, 1)), to_x, ("NHWC", "HWOI", "NHWC")
-        ),
-    )
-    d_kernel = lax.platform_dependent(
-        x,
-        cotangent,
-        cpu=cpu_kernel,
-        default=lambda x, y: _plain_conv(x, y, to_kernel, ("CHWN", "IHWO", "HWNC")),
-    )
-    return d_x, d_kernel
-
-
-_conv.defvjp(_conv_fwd, _conv_bwd)
 
 
 def group_norm(
