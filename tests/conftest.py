@@ -116,3 +116,17 @@ def compilation_cache_off():
     yield
     jax.config.update("jax_enable_compilation_cache", True)
     reset_cache()
+
+
+@pytest.fixture
+def compilations():
+    """Names of programs that are compiled, as they come."""
+    names = []
+
+    def listen(event, duration, **facts):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(facts.get("fun_name", event))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)

@@ -757,20 +757,6 @@ def test_the_map_of_two_calls_is_the_same(which, reparam):
     assert first == second and hash(first) == hash(second)
 
 
-@pytest.fixture
-def compilations():
-    """Names of programs that are compiled, as they come."""
-    names = []
-
-    def listen(event, duration, **facts):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(facts.get("fun_name", event))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield names
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 @pytest.mark.parametrize("reparam", [None, deq.weight_norm], ids=["plain", "weight norm"])
 @pytest.mark.parametrize("which", ["linen", "nnx"])
 def test_a_second_eager_call_compiles_nothing(which, reparam, compilations):

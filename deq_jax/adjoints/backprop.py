@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 from jax import lax
 
-from deq_jax import traced, tree
+from deq_jax import traced
 from deq_jax.adjoints.base import Call
 from deq_jax.solvers.base import Keep, Solution, Solver, check_count
 from deq_jax.solvers.loop import Loop, Operands, Outcome, Settings, at, iterate
@@ -67,15 +67,13 @@ class Backprop:
 
     def run(self, call: Call) -> Solution:
         """See `Adjoint`."""
-        program, settings, operands = call.prepare()
+        program, settings, operands = call.prepare(apart=True)
         found = traced.call(_solve, program, (self, settings), operands, inline=False)
         return Solution(found.value, found.stats, states=found.states)
 
 
 def _solve(program: Traced, rule: Backprop, settings: Settings, operands: Operands) -> Outcome:
     limit = settings.solver.max_steps if settings.budget is None else settings.budget
-    # Devices stop by themselves: what they share is summed outside the loop.
-    operands = tree.vary(operands, operands.z0)
     run = functools.partial(_run, limit, rule.segments)
     f = at(program, operands)
     return iterate(settings, f, operands.z0, operands.budget, run=run, hold=True)

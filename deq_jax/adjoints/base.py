@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Protocol
 
@@ -107,20 +108,34 @@ class Call:
     trace: bool = True
     states: tuple[int, ...] = ()
 
-    def prepare(self) -> tuple[Traced, Settings, Operands]:
+    def prepare(self, *, apart: bool = False) -> tuple[Traced, Settings, Operands]:
         """Traces f and checks the budget.
+
+        Args:
+          apart: whether the loop will be differentiated, which the devices of a `jax.shard_map`
+            leave at different steps: what they share then gets its sum over the devices outside.
 
         Returns:
           f as a program, and the static arguments and the operands of its solve.
+
+        Raises:
+          ValueError: if f closes over arrays that would have to be summed inside of the loop.
         """
-        program, consts, z0 = trace_map(
-            lambda z: traced.trace(self.f, self.params, z, self.x), self.z0
-        )
+        params, x = self.params, self.x
+        program, consts, z0 = trace_map(lambda z: traced.trace(self.f, params, z, x), self.z0)
+        if apart:
+            params, x = tree.vary((params, x), z0)
+            program, consts, z0 = trace_map(lambda z: traced.trace(self.f, params, z, x), z0)
+            if any(map(operator.is_not, tree.vary(consts, z0), consts)):
+                raise ValueError(
+                    f"got an f that closes over {tree.describe(consts)}, which the devices of a "
+                    "shard_map share; wanted them in params or x for a gradient through the loop"
+                )
         static, budget = split_budget(self.solver, self.max_steps)
         return (
             program,
             Settings(self.solver, static, self.keep, self.trace, self.states),
-            Operands(consts, (self.params,), z0, (self.x,), budget),
+            Operands(consts, (params,), z0, (x,), budget),
         )
 
 

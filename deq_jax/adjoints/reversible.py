@@ -91,7 +91,7 @@ class Reversible:
                 f"got states={call.states} with the adjoint Reversible; wanted none; use Backprop, "
                 "or chain calls of few steps"
             )
-        program, settings, operands = call.prepare()
+        program, settings, operands = call.prepare(apart=True)
         coupled = _Coupled(
             tol=settings.solver.tol,
             max_steps=settings.solver.max_steps,
@@ -164,8 +164,7 @@ def _invert(
     """Runs the iteration backward, with cotangents of the two iterates and of the operands."""
     b = solver.damping
     floats = Floats(operands)
-    # Devices stop by themselves: what they share is summed outside the loop.
-    values, unvary = jax.vjp(lambda values: tree.vary(values, z), floats.values)
+    values = floats.values
 
     def body(c: tuple) -> tuple:
         k, z, previous, d_z, d_previous, totals = c
@@ -185,5 +184,5 @@ def _invert(
     zeros = [tree.zeros_like(a, tree.stat_dtype(a.dtype)) for a in values]
     start = (jnp.int32(0), z, previous, cotangent, jax.tree.map(tree.zeros_like, z), zeros)
     *_, d_z, d_previous, totals = lax.while_loop(lambda c: jnp.any(c[0] < moves), body, start)
-    (gradients,) = unvary([t.astype(a.dtype) for t, a in zip(totals, values, strict=True)])
+    gradients = [t.astype(a.dtype) for t, a in zip(totals, values, strict=True)]
     return floats.cotangents(gradients)._replace(z0=jax.tree.map(jnp.add, d_z, d_previous))

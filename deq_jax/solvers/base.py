@@ -343,11 +343,13 @@ def trace_map(
     Raises:
       ValueError: if f changes tree structure, shapes or dtypes.
     """
-    program, consts = trace(z0)
-    start = check_image(z0, program.out)
-    if any(map(operator.is_not, jax.tree.leaves(start), jax.tree.leaves(z0))):
-        program, consts = trace(start)
-    return program, consts, start
+    while True:
+        program, consts = trace(z0)
+        start = check_image(z0, program.out)
+        if all(map(operator.is_, jax.tree.leaves(start), jax.tree.leaves(z0))):
+            return program, consts, start
+        # What one leaf of z0 takes on, its image may pass to another leaf.
+        z0 = start
 
 
 def as_batched(z0: PyTree, batched: bool | None) -> PyTree:
