@@ -5,7 +5,8 @@
 
 Every case runs in a process of its own, bound to its number of threads; the cases of one problem
 follow one another, so that the libraries meet the same machine. Writes solvers.json and solvers.png
-and prints the table. What is equal among the libraries and what is not: `benchmarks._peers`.
+and prints the tables. What is equal among the libraries and what is not: `benchmarks._peers`, and
+`benchmarks._gradients` for the part on gradient rules.
 """
 
 import argparse
@@ -18,12 +19,14 @@ import platform
 import sys
 from pathlib import Path
 
+from benchmarks import _gradients
 from benchmarks._case import in_process
 from benchmarks._peers import FORMULAS, SHAPES, Case
 
 LIBRARIES = ("deq_jax", "deq_jax-last", "torchdeq", "jaxopt", "optimistix")
 METHODS = ("picard", "anderson", "broyden")
 DIRECTIONS = ("forward", "backward")
+PARTS = ("solves", "gradients")
 COLUMNS = "library|method|forward ms|backward ms|f x|vjp x|forward MB|backward MB".split("|")
 
 
@@ -44,6 +47,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         ("directions", DIRECTIONS),
     ):
         parser.add_argument(f"--{name}", nargs="+", choices=values, default=values)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
     parser.add_argument("--repeats", type=int, default=15, help="timed runs; the median is shown")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -117,6 +121,51 @@ def tables(rows: list[dict]) -> str:
     return "\n".join(text)
 
 
+def gradient_rows(options: argparse.Namespace) -> list[dict]:
+    """Measures the gradient rules, each in a fresh process.
+
+    Args:
+        options: from `parse`.
+
+    Returns:
+        The numbers of `benchmarks._gradients.measure`, or the case and "error".
+    """
+    rows = []
+    for threads in options.threads:
+        for library in options.libraries:
+            for rule in _gradients.RULES.get(library, ()):
+                fields = {"library": library, "rule": rule, "threads": threads}
+                request = {"case": fields, "repeats": options.repeats}
+                rows.append(fields | in_process("benchmarks._gradients", request))
+                print(f"gradient {threads} {library} {rule}", file=sys.stderr, flush=True)
+    return rows
+
+
+def gradient_table(rows: list[dict]) -> str:
+    """The gradient rules as Markdown, one table for each number of threads.
+
+    Args:
+        rows: from `gradient_rows`.
+
+    Returns:
+        The text.
+    """
+    text = []
+    for (threads,), group in _grouped(rows, "threads"):
+        text += [f"\nvalue and gradient, {threads} thread{'s'[: threads - 1]}"]
+        text += ["| library | rule | ms | MB | relative error | cosine |"]
+        text += ["| --- | --- | --- | --- | --- | --- |"]
+        text += [
+            "| {library} | {rule} | {ms:.1f} | {peak_mb:.0f} | {error:.1e} | {cosine:.4f} |".format(
+                **row
+            )
+            if "ms" in row
+            else "| {library} | {rule} | failed: {error} | | | |".format(**row)
+            for row in group
+        ]
+    return "\n".join(text)
+
+
 def _grouped(rows: list[dict], *keys: str) -> list[tuple[tuple, list[dict]]]:
     """Rows by the values of some keys, in the order of their first appearance."""
     groups: dict[tuple, list[dict]] = {}
@@ -170,22 +219,27 @@ def main() -> None:
     if absent := [name for name, found in wanted.items() if not found]:
         sys.exit(f"not installed: {', '.join(absent)}; pip install -e .[bench] or use --libraries")
     rows = []
-    for case in plan(options):
+    for case in plan(options) if "solves" in options.parts else ():
         rows.append(run(case, options.repeats))
         shown = rows[-1].get("error") or "{ms:.1f} ms, {peak_mb:.0f} MB".format(**rows[-1])
         label = f"{case.problem} {case.threads} {case.method} {case.direction} {case.library}"
         print(f"{label}: {shown}", file=sys.stderr, flush=True)
+    gradients = gradient_rows(options) if "gradients" in options.parts else []
     packages = (*packages, "jax", *(["torch"] if "torchdeq" in packages else []))
     report = {
         "machine": platform.processor() or platform.machine(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "rows": rows,
+        "gradients": gradients,
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "solvers.json").write_text(json.dumps(report, indent=1) + "\n")
-    plot(rows, options.out / "solvers.png")
+    print(f"written: {options.out}/solvers.json")
+    if rows:
+        plot(rows, options.out / "solvers.png")
+        print(f"written: {options.out}/solvers.png")
     print(tables(rows))
-    print(f"\nwritten: {options.out}/solvers.json, {options.out}/solvers.png")
+    print(gradient_table(gradients))
 
 
 if __name__ == "__main__":
