@@ -330,6 +330,37 @@ def test_reversible_is_autodiff_of_its_coupled_iteration(x64, damping):
     close(jax.jit(jax.grad(ours, (0, 1, 2)))(*args), wanted, 1e-10, 1e-12)
 
 
+def test_reversible_drifts_in_float32_as_its_docstring_says():
+    """Rounding grows by 1 / sqrt(1 - damping) a step: the table in the docstring."""
+    rng = np.random.default_rng(0)
+    w = 0.9 * np.linalg.qr(rng.normal(size=(256, 256)))[0]
+    x, c = rng.normal(size=(2, 16, 256))
+
+    def error(damping, steps):
+        rule, solver = deq.Reversible(damping), deq.Picard(tol=1e-30, max_steps=steps)
+
+        def ours(w, x, c):
+            g = lambda w, z, x: jnp.tanh(z @ w + x)  # noqa: E731
+            sol = deq.fixed_point(g, w, 0 * x, x, solver=solver, adjoint=rule, keep="last")
+            return jnp.sum(c * sol.value)
+
+        def plain(w, x, c):
+            step = lambda pair, _: (  # noqa: E731
+                ((1 - damping) * pair[1] + damping * jnp.tanh(pair[0] @ w + x), pair[0]),
+                None,
+            )
+            return jnp.sum(c * jax.lax.scan(step, (0 * x, 0 * x), None, length=steps)[0][0])
+
+        low = jax.grad(ours)(*(jnp.asarray(a, jnp.float32) for a in (w, x, c)))
+        with jax.enable_x64(True):
+            exact = np.asarray(jax.grad(plain)(*map(jnp.asarray, (w, x, c))))
+        return np.linalg.norm(low - exact) / np.linalg.norm(exact)
+
+    for damping, steps, most in ((0.2, 32, 1e-5), (0.5, 8, 1e-5), (0.5, 16, 1e-4), (0.8, 4, 1e-5)):
+        assert error(damping, steps) < most
+    assert error(0.5, 32) > 1e-4 and error(0.8, 16) > 1e-3
+
+
 @pytest.mark.parametrize("name", ["backprop", "segments", "reversible", "implicit", "shine"])
 def test_samples_with_step_counts_of_their_own_do_not_mix(x64, name):
     """The gradient of a batch is that of its samples alone, though they stop at other steps."""

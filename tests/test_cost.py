@@ -186,6 +186,41 @@ def test_peak_memory_holds_one_history_of_its_own_size():
         assert vectors - 1 <= extra <= vectors + 4
 
 
+def states_of(rule, steps):
+    """Temporary memory of a gradient, in states [B, D]; f is two layers, which are not stored."""
+    params, x = operands()
+    solver = deq.Picard(tol=1e-30, max_steps=steps)
+
+    def loss(x):
+        sol = deq.fixed_point(
+            lambda params, z, x: f(params, jnp.sin(f(params, z, x)), x),
+            params,
+            jnp.zeros_like(x),
+            x,
+            solver=solver,
+            adjoint=rule,
+            keep="last",
+            trace=False,
+        )
+        return jnp.sum(sol.value**2)
+
+    program = jax.jit(jax.grad(loss)).lower(x).compile()
+    return program.memory_analysis().temp_size_in_bytes / (B * D * 4)
+
+
+def test_backprop_stores_one_iterate_a_step_and_with_segments_the_square_root():
+    extra = states_of(deq.Backprop(), 4) - 4
+    for steps in (16, 64):
+        assert abs(states_of(deq.Backprop(), steps) - steps - extra) < 4
+        segments = states_of(deq.Backprop(segments=round(steps**0.5)), steps)
+        assert segments < 2 * steps**0.5 + extra + 4
+
+
+def test_the_memory_of_reversible_is_flat():
+    few, *more = (states_of(deq.Reversible(), steps) for steps in (4, 16, 64))
+    assert all(abs(memory - few) <= 0.05 * few for memory in more)
+
+
 def test_unrolling_does_grow_with_its_steps():
     """The other side of the comparison: memory linear in depth."""
     params, x = operands()

@@ -36,8 +36,16 @@ class Reversible:
     So memory does not grow with the steps, and the gradient is exact for the value returned,
     ``z0`` included, but for rounding.
 
-    Each inverted step multiplies rounding by up to 1 / sqrt(1 - damping): with a damping of 0.5 by
-    256 after 16 steps, by 65,536 after 32.  Take float64, few steps or a small damping.
+    Each inverted step multiplies rounding by up to 1 / sqrt(1 - damping).  Relative error of the
+    gradient in float32 (a tanh layer of width 256, W orthogonal times 0.9):
+
+        damping     4 steps     8 steps    16 steps    32 steps
+            0.2       1e-7        2e-7        2e-7        7e-7
+            0.5       2e-7        3e-7        4e-6        2e-3
+            0.8       4e-7        1e-5        1e-2        2e-2
+
+    float64 has nine digits more.  No damping both converges far and runs backward: this rule is for
+    few steps, of which it needs no more memory than of one.
 
     Args:
       damping: b of the equations, above 0 and below 1.
