@@ -1,0 +1,213 @@
+"""How near Shine's gradient is to the exact one on a trained model, and what its factors save.
+
+    python -m benchmarks.shine --task=digits --weights=runs/digits/jr
+    python -m benchmarks.shine --task=prose --weights=runs/prose/jr
+
+For batches of the training set and the cotangent of the task's loss, sample by sample: the cosine
+between the adjoint of Shine (Broyden's factors alone, then with refining products) and the exact
+one, beside the Jacobian-free adjoint's; and the products with the Jacobian until the relative
+residual of the adjoint system is 1e-3.  Prints a table.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import deq_jax as deq
+from deq_jax import tree
+from deq_jax.solvers.loop import Settings, iterate
+from deq_jax.training import weights
+from deq_jax.training.optim import make_optimizer
+from deq_jax.training.parallel import make_mesh
+from deq_jax.training.placement import place
+from deq_jax.training.state import create_state
+
+TOLERANCE, MOST = 1e-3, 40
+
+
+def build(name: str) -> tuple[Any, Any, Iterator[Any]]:
+    """The task of a preset.
+
+    Args:
+        name: digits or prose.
+
+    Returns:
+        The configuration, the task, and training batches.
+    """
+    mesh = make_mesh(jax.devices()[:1])
+    if name == "digits":
+        from experiments.image_classification.data import build_data
+        from experiments.image_classification.presets import PRESETS
+        from experiments.image_classification.task import ImageTask
+
+        config = PRESETS["digits"]
+        return config, ImageTask(config, mesh), build_data(config)[0]
+    from experiments.language_modeling.data import build_data as build_text
+    from experiments.language_modeling.presets import PRESETS as TEXTS
+    from experiments.language_modeling.task import LanguageTask
+
+    config = TEXTS["prose"]
+    texts = build_text(config)
+    return config, LanguageTask(config, mesh, len(texts.corpus.vocabulary)), texts.train
+
+
+def capture(task: Any, state: Any, batch: Any, solver: deq.Broyden) -> dict[str, Any]:
+    """Solves for a batch in evaluation mode.
+
+    Args:
+        task: of the model.
+        state: of training, with the weights.
+        batch: placed.
+        solver: the forward method.
+
+    Returns:
+        f of z alone, z0, and the loss's cotangent v of the equilibrium.
+    """
+    box: dict[str, Any] = {}
+
+    def fixed_point(f: Any, params: Any, z0: Any, x: Any, **options: Any) -> deq.Solution:
+        del options
+        sol = deq.fixed_point(f, params, z0, x, solver=solver)
+        box.update(f=lambda z: f(params, z, x), z0=z0)
+        moved = jax.tree.map(lambda a, d: jax.lax.stop_gradient(a) + d, sol.value, box["delta"])
+        return dataclasses.replace(sol, value=moved)
+
+    def loss(delta: Any) -> jax.Array:
+        box["delta"] = delta
+        output = task.forward(
+            state.params, state.collections(), batch, key=None, train=False, warmup=False,
+            max_steps=solver.max_steps, probe=None,
+        )  # fmt: skip
+        return output.loss
+
+    shapes = jax.eval_shape(partial(_start, task, state, batch, solver))
+    task.model = task.model.clone(fixed_point=fixed_point)
+    box["v"] = jax.grad(loss)(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes))
+    return box
+
+
+def _start(task: Any, state: Any, batch: Any, solver: deq.Broyden) -> Any:
+    box: list[Any] = []
+
+    def fixed_point(f: Any, params: Any, z0: Any, x: Any, **options: Any) -> deq.Solution:
+        del options
+        box.append(z0)
+        return deq.fixed_point(f, params, z0, x, solver=solver, max_steps=0)
+
+    task.model = task.model.clone(fixed_point=fixed_point)
+    task.forward(
+        state.params, state.collections(), batch, key=None, train=False, warmup=False,
+        max_steps=0, probe=None,
+    )  # fmt: skip
+    return box[0]
+
+
+def _cosine(a: Any, b: Any) -> jax.Array:
+    return tree.dot(a, b) / (tree.norm(a) * tree.norm(b))
+
+
+def measure(f: Callable[[Any], Any], z0: Any, v: Any, solver: deq.Broyden) -> dict[str, jax.Array]:
+    """The figures of one batch.
+
+    Args:
+        f: the map of z alone.
+        z0: start.
+        v: cotangent.
+        solver: the forward method.
+
+    Returns:
+        Name -> a number for each sample: cosines, and products to `TOLERANCE`.
+    """
+    settings = Settings(solver, solver.max_steps, "best", False)
+    found = iterate(settings, f, z0, carry=True)
+    last: Any = found.last
+    moves = jnp.where(found.stats.converged, last.num_steps - 1, 0)
+    vjp = jax.vjp(f, found.value)[1]
+
+    def image(u: Any) -> Any:
+        return jax.tree.map(jnp.add, vjp(u)[0], v)
+
+    def precondition(r: Any) -> Any:
+        return solver.transposed_inverse(r, last.state, moves)
+
+    def refined(u: Any) -> Any:
+        r = jax.tree.map(jnp.subtract, image(u), u)
+        return jax.tree.map(jnp.add, u, precondition(r))
+
+    def residual(u: Any) -> jax.Array:
+        target = image(u)
+        return tree.norm(jax.tree.map(jnp.subtract, target, u)) / tree.norm(target)
+
+    long = deq.Broyden(tol=1e-6, max_steps=200, memory=100)
+    exact = iterate(Settings(long, 200, "best", False), image, v).value
+    picard, broyden = (
+        kind(tol=1e-9, max_steps=MOST) for kind in (deq.Picard, partial(deq.Broyden, memory=MOST))
+    )
+
+    def products(solver: Any, g: Any, start: Any, keep: Any) -> jax.Array:
+        def at(k: jax.Array) -> jax.Array:
+            plan = Settings(solver, None, keep, False)
+            return residual(iterate(plan, g, start, k).value) <= TOLERANCE
+
+        reached = jax.lax.map(at, jnp.arange(MOST + 1))  # [k, B]
+        return jnp.where(reached.any(axis=0), jnp.argmax(reached, axis=0), MOST)
+
+    start = precondition(v)
+    figures = {
+        "forward steps": found.stats.num_steps,
+        "forward converged": found.stats.converged,
+        "exact residual": residual(exact),
+        "cosine, Jacobian-free": _cosine(v, exact),
+        "cosine, Shine(0)": _cosine(start, exact),
+    }
+    for k in (1, 2, 4):
+        one = iterate(Settings(picard, k, "last", False), refined, start).value
+        figures[f"cosine, Shine({k})"] = _cosine(one, exact)
+    for k in (2, 4):
+        one = iterate(Settings(picard, k, "last", False), image, v).value
+        figures[f"cosine, {k} products of Neumann's series"] = _cosine(one, exact)
+    figures["products, Broyden from v"] = products(broyden, image, v, "best")
+    figures["products, Neumann's series"] = products(picard, image, v, "last")
+    figures["products, Shine refined by Picard"] = products(picard, refined, start, "last")
+    figures["products, Shine(Broyden)"] = products(broyden, refined, start, "best")
+    figures["products, Broyden from Shine's u"] = products(broyden, image, start, "best")
+    return figures
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description="Shine on a trained model.")
+    parser.add_argument("--task", choices=("digits", "prose"), default="digits")
+    parser.add_argument("--weights", type=Path, required=True, help="folder of a trained model")
+    parser.add_argument("--batches", type=int, default=5)
+    parser.add_argument("--max_steps", type=int, default=30, help="of the forward solve")
+    parser.add_argument("--tol", type=float, default=1e-3, help="of the forward solve")
+    options = parser.parse_args()
+    config, task, data = build(options.task)
+    mesh = make_mesh(jax.devices()[:1])
+    state = create_state(task, make_optimizer(config.optim, 1), 0, mesh)
+    params, extra = weights.load(options.weights)
+    state = dataclasses.replace(state, params=params, extra={**state.extra, **extra})
+    solver = deq.Broyden(tol=options.tol, max_steps=options.max_steps, memory=options.max_steps)
+    rows: list[dict[str, np.ndarray]] = []
+    for _ in range(options.batches):
+        box = capture(task, state, place(next(data), mesh), solver)
+        figures = jax.jit(partial(measure, box["f"], solver=solver))(box["z0"], box["v"])
+        rows.append(jax.tree.map(np.asarray, figures))
+    print(f"| {options.task}, {options.weights} | median | 10 % | 90 % | mean |")
+    print("| --- | --- | --- | --- | --- |")
+    for name in rows[0]:
+        values = np.concatenate([row[name] for row in rows]).astype(float)
+        low, middle, high = np.quantile(values, (0.1, 0.5, 0.9))
+        print(f"| {name} | {middle:.4g} | {low:.4g} | {high:.4g} | {values.mean():.4g} |")
+
+
+if __name__ == "__main__":
+    main()
