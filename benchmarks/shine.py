@@ -11,7 +11,7 @@ residual of the adjoint system is 1e-3.  Prints a table.
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from deq_jax.training.state import create_state
 TOLERANCE, MOST = 1e-3, 40
 
 
-def build(name: str) -> tuple[Any, Any, Iterator[Any]]:
+def build(name: str) -> tuple[Any, Any, Any]:
     """The task of a preset.
 
     Args:

@@ -181,6 +181,43 @@ def test_an_unrolled_gradient_has_no_backward_statistics():
     assert "bwd_steps" not in got
 
 
+@pytest.mark.parametrize(
+    ("rule", "solver"),
+    [
+        ({"name": "neumann", "max_steps": 4}, {}),
+        ({"name": "unroll", "max_steps": 2, "damping": 0.5}, {}),
+        ({"name": "backprop", "segments": 2}, {}),
+        (
+            {"name": "reversible", "damping": 0.5},
+            {"name": "picard", "keep": "last", "max_steps": 8},
+        ),
+        ({"name": "shine", "max_steps": 0}, {"name": "broyden"}),
+        ({"name": "shine", "max_steps": 2}, {"name": "broyden"}),
+    ],
+    ids=str,
+)
+def test_every_rule_learns_with_the_penalty(rule, solver):
+    config = with_jac(gamma=0.1, prob=1.0)
+    config = dataclasses.replace(
+        config,
+        solver=dataclasses.replace(config.solver, **solver),
+        backward=BackwardConfig(**rule),
+    )
+    _, mesh, state, step = build(config)
+    losses = []
+    for _ in range(8):
+        state, measured = step(state, place(BATCH, mesh))
+        losses.append(compute(measured)["loss"])
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+
+
+def test_rules_that_do_not_go_with_the_solver_are_refused_with_the_configuration():
+    with pytest.raises(ValueError, match="wanted Picard"):
+        dataclasses.replace(CONFIG, backward=BackwardConfig(name="reversible", damping=0.5))
+    with pytest.raises(ValueError, match="name must be one of implicit, neumann"):
+        BackwardConfig(name="broyden")
+
+
 def test_padding_counts_for_nothing():
     padded = example.make_batch(0, 16, padding=8)
     short = {name: array[:8] for name, array in padded.items()}

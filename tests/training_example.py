@@ -72,6 +72,7 @@ class Regression:
             (injected, mask),
             solver=self.config.build_solver() if train else self.config.build_eval_solver(),
             adjoint=adjoint,
+            keep=self.config.solver.keep,
             max_steps=max_steps,
             probe=probe,
         )
