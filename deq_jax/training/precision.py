@@ -29,11 +29,14 @@ class InBfloat16:
     """
 
     f: Map
+    has_aux: bool = False
 
     def __call__(self, params: PyTree, z: PyTree, x: PyTree) -> PyTree:
-        """Casts, applies f and casts back."""
-        image = self.f(*(jax.tree.map(_lower, part) for part in (params, z, x)))
-        return jax.tree.map(lambda a, like: a.astype(like.dtype), image, z)
+        """Casts, applies f and casts back, all but what f returns beside z."""
+        out = self.f(*(jax.tree.map(_lower, part) for part in (params, z, x)))
+        image, *aux = out if self.has_aux else (out,)
+        image = jax.tree.map(lambda a, like: a.astype(like.dtype), image, z)
+        return (image, *aux) if self.has_aux else image
 
 
 def in_bfloat16(fixed_point: Callable[..., Solution]) -> Callable[..., Solution]:
@@ -58,8 +61,10 @@ def in_bfloat16(fixed_point: Callable[..., Solution]) -> Callable[..., Solution]
 
     def solve(f: Map, params: PyTree, z0: PyTree, x: PyTree = None, **options: Any) -> Solution:
         # The compiler moves the casts of params and x out of the loops.
-        lowered = InBfloat16(f)
+        lowered = InBfloat16(f, options.get("has_aux", False))
         solution = fixed_point(lowered, params, z0, x, **options)
+        if lowered.has_aux:  # its f is none of z alone
+            return solution
         return dataclasses.replace(solution, equation=Equation(f=lowered, params=params, x=x))
 
     return solve
