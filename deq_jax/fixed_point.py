@@ -141,7 +141,7 @@ def check_rule(solver: Solver, adjoint: Adjoint | None, keep: Keep) -> Adjoint:
     check_solver(solver)
     check_keep(keep)
     rule = Implicit(solver) if adjoint is None else adjoint
-    if isinstance(rule, type) or not hasattr(rule, "run"):
+    if isinstance(rule, type) or not (hasattr(rule, "run") and hasattr(rule, "check")):
         raise ValueError(
             f"got adjoint={rule!r}; wanted a gradient rule, such as deq.Implicit(solver) or "
             "deq.Unroll(1)"

@@ -28,7 +28,8 @@ class Traced:
 
     Attributes:
       source: the Python function; dropped by those who keep the program.
-      jaxpr: its program; None under `jax.disable_jit`, where ``source`` is called.
+      jaxpr: its program, of the consts and the leaves of the operands; None under
+        `jax.disable_jit`, where ``source`` is called.
       in_tree: structure of the operands.
       out: the result, with types (shape, dtype, sharding) in place of arrays.
     """
@@ -45,7 +46,7 @@ class Traced:
             return self.source(*operands)
         leaves, in_tree = jax.tree.flatten(operands)
         assert in_tree == self.in_tree, f"{in_tree} is not {self.in_tree}"
-        out = jaxpr_as_fun(ClosedJaxpr(self.jaxpr, list(consts)))(*leaves)
+        out = jaxpr_as_fun(ClosedJaxpr(self.jaxpr, []))(*consts, *leaves)
         return jax.tree.unflatten(jax.tree.structure(self.out), out)
 
 
@@ -64,7 +65,15 @@ def trace(f: Callable[..., PyTree], *operands: PyTree) -> tuple[Traced, tuple[ja
         return Traced(f, None, in_tree, jax.tree.map(jax.typeof, f(*operands))), ()
     closed, out = jax.make_jaxpr(f, return_shape=True)(*operands)
     out = jax.tree.unflatten(jax.tree.structure(out), closed.out_avals)
-    return Traced(f, closed.jaxpr, in_tree, out), tuple(closed.consts)
+    jaxpr, consts = closed.jaxpr, tuple(closed.consts)
+    if consts:
+        # Consts become operands: a program that is kept must not keep them alive.
+
+        def g(consts: Any, *leaves: jax.Array) -> list[jax.Array]:
+            return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, list(consts)))(*leaves)
+
+        jaxpr = jax.make_jaxpr(g)(consts, *jax.tree.leaves(operands)).jaxpr
+    return Traced(f, jaxpr, in_tree, out), consts
 
 
 def call(
@@ -110,11 +119,16 @@ class _Key:
     @classmethod
     def of(cls, traced: Traced) -> _Key:
         source: Any = traced.source
-        cells = [cell.cell_contents for cell in getattr(source, "__closure__", None) or ()]
-        held = (getattr(source, "__self__", None), *cells)
+        held: list[Any] = []
+        while dataclasses.is_dataclass(source) and hasattr(source, "f"):  # one of our wrappers
+            names = [field.name for field in dataclasses.fields(source) if field.name != "f"]
+            held += [type(source), *(getattr(source, name) for name in names)]
+            source = getattr(source, "f")  # noqa: B009
+        held.append(getattr(source, "__self__", None))
+        held += [cell.cell_contents for cell in getattr(source, "__closure__", None) or ()]
         return cls(
             code=getattr(source, "__code__", source),
-            held=tuple(thing for thing in held if _is_hashable(thing)),
+            held=tuple(a for a in held if not isinstance(a, Tracer) and _is_hashable(a)),
             text=re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr)),
             in_tree=traced.in_tree,
             traced=dataclasses.replace(traced, source=None),

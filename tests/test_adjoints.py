@@ -510,6 +510,36 @@ def test_a_second_eager_gradient_compiles_nothing(x64, name, compilations):
     assert not compilations
 
 
+@every_rule
+def test_no_program_keeps_what_f_closes_over(x64, name):
+    """Since JAX 0.12 a Jaxpr holds its consts: programs that are kept would hold tracers."""
+    rule, solver, keep = RULES[name]
+    x = jnp.ones((2, 3))
+
+    def loss(w):
+        sol = deq.fixed_point(
+            lambda _, z, x: jnp.tanh(z * w + x), None, 0 * x, x,
+            solver=solver, adjoint=rule, keep=keep,
+        )  # fmt: skip
+        return sol.value.sum()
+
+    with jax.checking_leaks():
+        close(jax.grad(loss)(0.3), jax.jit(jax.grad(loss))(0.3), 1e-9)
+
+
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_wrapped_functions_made_anew_do_not_compile_again(has_aux, compilations):
+    def once():
+        f = lambda p, z, x: (0.5 * z + x, 1) if has_aux else 0.5 * z + x  # noqa: E731
+        one = jnp.ones(3)
+        deq.fixed_point(f, None, one, one, solver=deq.Picard(), batched=False, has_aux=has_aux)
+
+    once()
+    compilations.clear()
+    once()
+    assert not compilations
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @every_exact_rule
 def test_every_rule_keeps_low_precision(name, dtype):

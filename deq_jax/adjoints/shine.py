@@ -14,7 +14,7 @@ from deq_jax.adjoints.base import BackwardStats, Call, Floats, as_probe
 from deq_jax.adjoints.implicit import at_unit_scale, sampled
 from deq_jax.solvers.base import Keep, Solution, Solver, SolveStats, as_int, check_solver
 from deq_jax.solvers.broyden import Broyden, BroydenState
-from deq_jax.solvers.loop import Operands, Outcome, Settings, at, iterate
+from deq_jax.solvers.loop import Operands, Outcome, Settings, at, iterate, solve_traced
 from deq_jax.solvers.picard import Picard
 from deq_jax.traced import Traced
 from deq_jax.tree import PyTree
@@ -91,7 +91,8 @@ def _solve(
     operands: Operands,
     probe: BackwardStats | None,
 ) -> Outcome:
-    return _solve_fwd(program, rule, settings, operands, probe)[0]
+    del rule, probe
+    return traced.call(solve_traced, program, (settings,), operands)
 
 
 def _solve_fwd(

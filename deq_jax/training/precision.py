@@ -20,6 +20,7 @@ class InBfloat16:
 
     Attributes:
       f: the map; float32 in, float32 out.
+      has_aux: whether f returns ``(z, aux)``.
 
     Example:
       >>> f = InBfloat16(lambda params, z, x: params * z + x)
