@@ -27,7 +27,9 @@ class Traced:
     """f(*operands) as ``traced(consts, *operands)``.
 
     Attributes:
-      source: the Python function; dropped by those who keep the program.
+      source: the Python function under `jax.disable_jit`, else None: what keeps a program must not
+        keep what f closes over.
+      identity: what makes functions of the same program the same.
       jaxpr: its program, of the consts and the leaves of the operands; None under
         `jax.disable_jit`, where ``source`` is called.
       in_tree: structure of the operands.
@@ -35,6 +37,7 @@ class Traced:
     """
 
     source: Callable[..., PyTree] | None
+    identity: tuple
     jaxpr: Jaxpr | None
     in_tree: Any
     out: PyTree
@@ -62,18 +65,18 @@ def trace(f: Callable[..., PyTree], *operands: PyTree) -> tuple[Traced, tuple[ja
     """
     in_tree = jax.tree.structure(operands)
     if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
-        return Traced(f, None, in_tree, jax.tree.map(jax.typeof, f(*operands))), ()
+        return Traced(f, (), None, in_tree, jax.tree.map(jax.typeof, f(*operands))), ()
     closed, out = jax.make_jaxpr(f, return_shape=True)(*operands)
     out = jax.tree.unflatten(jax.tree.structure(out), closed.out_avals)
     jaxpr, consts = closed.jaxpr, tuple(closed.consts)
     if consts:
-        # Consts become operands: a program that is kept must not keep them alive.
+        # Consts become operands: since JAX 0.12 a Jaxpr holds its own.
 
         def g(consts: Any, *leaves: jax.Array) -> list[jax.Array]:
             return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, list(consts)))(*leaves)
 
         jaxpr = jax.make_jaxpr(g)(consts, *jax.tree.leaves(operands)).jaxpr
-    return Traced(f, jaxpr, in_tree, out), consts
+    return Traced(None, _identity(f), jaxpr, in_tree, out), consts
 
 
 def call(
@@ -102,37 +105,36 @@ def call(
     return program(*operands)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Key:
-    """What makes two traced functions the same program.
+def _identity(f: Any) -> tuple:
+    """Code of a function, and what it closes over that is no array.
 
     Functions made anew for every call, such as a lambda in a loop, share their code.  The arrays
     that they close over are operands, and whatever else they close over has to be equal.
     """
+    held: list[Any] = []
+    while dataclasses.is_dataclass(f) and hasattr(f, "f"):  # one of our wrappers
+        names = [field.name for field in dataclasses.fields(f) if field.name != "f"]
+        held += [type(f), *(getattr(f, name) for name in names)]
+        f = getattr(f, "f")  # noqa: B009
+    held.append(getattr(f, "__self__", None))
+    held += [cell.cell_contents for cell in getattr(f, "__closure__", None) or ()]
+    kept = tuple(a for a in held if not isinstance(a, Tracer) and _is_hashable(a))
+    return getattr(f, "__code__", f), kept
 
-    code: Any
-    held: tuple
+
+@dataclasses.dataclass(frozen=True)
+class _Key:
+    """What makes two traced functions the same program."""
+
+    identity: tuple
     text: str
     in_tree: Any
     traced: Traced = dataclasses.field(compare=False)
 
     @classmethod
     def of(cls, traced: Traced) -> _Key:
-        source: Any = traced.source
-        held: list[Any] = []
-        while dataclasses.is_dataclass(source) and hasattr(source, "f"):  # one of our wrappers
-            names = [field.name for field in dataclasses.fields(source) if field.name != "f"]
-            held += [type(source), *(getattr(source, name) for name in names)]
-            source = getattr(source, "f")  # noqa: B009
-        held.append(getattr(source, "__self__", None))
-        held += [cell.cell_contents for cell in getattr(source, "__closure__", None) or ()]
-        return cls(
-            code=getattr(source, "__code__", source),
-            held=tuple(a for a in held if not isinstance(a, Tracer) and _is_hashable(a)),
-            text=re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr)),
-            in_tree=traced.in_tree,
-            traced=dataclasses.replace(traced, source=None),
-        )
+        text = re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr))
+        return cls(traced.identity, text, traced.in_tree, traced)
 
 
 @functools.lru_cache(maxsize=_PROGRAMS)
