@@ -32,6 +32,16 @@ def correction(losses: Sequence[jax.Array], decay: float = 0.8) -> jax.Array:
       >>> float(correction(losses)) < 0.1
       True
 
+      The sliced form starts each part from the value before, and each has its own gradient:
+
+      >>> z, losses = one, []
+      >>> for steps in (2, 2, 4):
+      ...     sol = deq.fixed_point(f, None, z, one, solver=deq.Picard(), max_steps=steps)
+      ...     z = sol.value
+      ...     losses.append(jnp.mean((z - 2) ** 2))
+      >>> bool(losses[0] > losses[1] > losses[2])
+      True
+
     Reference:
       Bai et al., Deep Equilibrium Optical Flow Estimation (2022), equation (9).
     """

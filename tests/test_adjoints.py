@@ -500,6 +500,21 @@ def test_every_rule_on_several_devices(x64, name, way):
         close(jax.jit(loss(solve))(params, value), wanted, 1e-8, 1e-10)
 
 
+def test_a_shared_closure_in_a_differentiated_loop_is_refused():
+    """Its gradient would be summed over the devices in every step, and they stop by themselves."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+
+    def local(w, x):
+        rule, solver = deq.Backprop(), deq.Picard()
+        f = lambda _, z, x: jnp.tanh(w * z + x)  # noqa: E731
+        return deq.fixed_point(f, None, 0 * x, x, solver=solver, adjoint=rule).value
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(whole, split), out_specs=split)
+    with pytest.raises(ValueError, match="closes over .* wanted them in params or x"):
+        mapped(jnp.ones(()), jnp.ones((8, 2)))
+
+
 @every_rule
 def test_a_second_eager_gradient_compiles_nothing(x64, name, compilations):
     params, _, x = operands()

@@ -121,16 +121,22 @@ class Call:
         Raises:
           ValueError: if f closes over arrays that would have to be summed inside of the loop.
         """
+
+        def trace(params: PyTree, z0: PyTree, x: PyTree) -> tuple[Traced, tuple, PyTree]:
+            return trace_map(lambda z: traced.trace(self.f, params, z, x), z0)
+
         params, x = self.params, self.x
-        program, consts, z0 = trace_map(lambda z: traced.trace(self.f, params, z, x), self.z0)
-        if apart:
-            params, x = tree.vary((params, x), z0)
-            program, consts, z0 = trace_map(lambda z: traced.trace(self.f, params, z, x), z0)
-            if any(map(operator.is_not, tree.vary(consts, z0), consts)):
+        program, consts, z0 = trace(params, self.z0, x)
+        shared = (params, x, consts)
+        varied = tree.vary(shared, z0) if apart else shared
+        if any(map(operator.is_not, jax.tree.leaves(varied), jax.tree.leaves(shared))):
+            params, x, apart_consts = varied
+            if any(map(operator.is_not, apart_consts, consts)):
                 raise ValueError(
                     f"got an f that closes over {tree.describe(consts)}, which the devices of a "
                     "shard_map share; wanted them in params or x for a gradient through the loop"
                 )
+            program, consts, z0 = trace(params, z0, x)
         static, budget = split_budget(self.solver, self.max_steps)
         return (
             program,
