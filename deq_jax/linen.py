@@ -11,10 +11,10 @@ import jax
 from flax import core, errors
 from flax import linen as nn
 
-from deq_jax.adjoints import Adjoint, BackwardStats, Keep
+from deq_jax.adjoints import Adjoint, BackwardStats
 from deq_jax.fixed_point import check_rule, fixed_point
 from deq_jax.masks import has_method
-from deq_jax.solvers import Equation, Solution, Solver
+from deq_jax.solvers import Equation, Keep, Solution, Solver
 from deq_jax.tree import PyTree
 
 Path = tuple[str, ...]

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from deq_jax.adjoints import Adjoint, BackwardStats, Keep
+from deq_jax.adjoints import Adjoint, BackwardStats
 from deq_jax.fixed_point import check_rule, fixed_point
 from deq_jax.masks import has_method
-from deq_jax.solvers import Equation, Solution, Solver
+from deq_jax.solvers import Equation, Keep, Solution, Solver
 from deq_jax.tree import PyTree
 
 

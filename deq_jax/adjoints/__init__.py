@@ -6,14 +6,12 @@ from deq_jax.adjoints.implicit import Implicit, root_vjp
 from deq_jax.adjoints.reversible import Reversible
 from deq_jax.adjoints.shine import Shine
 from deq_jax.adjoints.unroll import Unroll
-from deq_jax.solvers.base import Keep
 
 __all__ = [
     "Adjoint",
     "Backprop",
     "BackwardStats",
     "Implicit",
-    "Keep",
     "Map",
     "Reversible",
     "Shine",

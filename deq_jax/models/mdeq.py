@@ -16,10 +16,10 @@ import jax.numpy as jnp
 
 import deq_jax as deq
 from deq_jax import linen
-from deq_jax.adjoints import Adjoint, BackwardStats, Keep
+from deq_jax.adjoints import Adjoint, BackwardStats
 from deq_jax.models.layers import NORMAL, BatchNorm, Conv
 from deq_jax.models.mdeq_cell import WEIGHT_NORM, MDEQCell
-from deq_jax.solvers import Solution, Solver
+from deq_jax.solvers import Keep, Solution, Solver
 
 
 class Stem(nn.Module):

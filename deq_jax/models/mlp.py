@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 import deq_jax as deq
 from deq_jax import linen
-from deq_jax.adjoints import Adjoint, BackwardStats, Keep
+from deq_jax.adjoints import Adjoint, BackwardStats
 from deq_jax.models.families import product_inits
-from deq_jax.solvers import Solution, Solver
+from deq_jax.solvers import Keep, Solution, Solver
 
 Activation = Callable[[jax.Array], jax.Array]
 

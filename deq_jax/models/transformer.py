@@ -23,11 +23,11 @@ from jax import lax
 
 import deq_jax as deq
 from deq_jax import linen
-from deq_jax.adjoints import Adjoint, BackwardStats, Keep
+from deq_jax.adjoints import Adjoint, BackwardStats
 from deq_jax.models.embeddings import AdaptiveEmbedding
 from deq_jax.models.layers import NORMAL
 from deq_jax.models.transformer_cell import Injection, Memory, TransformerCell, positions
-from deq_jax.solvers import Solution, Solver
+from deq_jax.solvers import Keep, Solution, Solver
 
 
 @flax.struct.dataclass

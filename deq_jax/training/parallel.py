@@ -13,8 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import deq_jax as deq
 from deq_jax import tree
 from deq_jax.adjoints import Adjoint, BackwardStats, Map
-from deq_jax.solvers import Solution, Solver, SolveStats
-from deq_jax.solvers.base import Keep
+from deq_jax.solvers import Keep, Solution, Solver, SolveStats
 from deq_jax.training.config import Config
 from deq_jax.training.precision import in_bfloat16
 from deq_jax.tree import PyTree
