@@ -128,7 +128,8 @@ def measure(f: Callable[[Any], Any], z0: Any, v: Any, solver: deq.Broyden) -> di
     settings = Settings(solver, solver.max_steps, "best", False)
     found = iterate(settings, f, z0, carry=True)
     last: Any = found.last
-    moves = jnp.where(found.stats.converged, last.num_steps - 1, 0)
+    usable = found.stats.converged
+    moves = jnp.where(usable, last.num_steps - 1, 0)
     vjp = jax.vjp(f, found.value)[1]
 
     def image(u: Any) -> Any:
@@ -168,8 +169,11 @@ def measure(f: Callable[[Any], Any], z0: Any, v: Any, solver: deq.Broyden) -> di
         "cosine, Shine(0)": _cosine(start, exact),
     }
     for k in (1, 2, 4):
-        one = iterate(Settings(picard, k, "last", False), refined, start).value
-        figures[f"cosine, Shine({k})"] = _cosine(one, exact)
+        for kind in (deq.Picard, deq.Anderson):
+            refiner = kind(tol=1e-9, max_steps=MOST)
+            one = iterate(Settings(refiner, k, "last", False), refined, start).value
+            one = tree.where(usable, one, v)
+            figures[f"cosine, Shine({k}) by {kind.__name__}"] = _cosine(one, exact)
     for k in (2, 4):
         one = iterate(Settings(picard, k, "last", False), image, v).value
         figures[f"cosine, {k} products of Neumann's series"] = _cosine(one, exact)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from deq_jax.models.mdeq import MDEQ
 from deq_jax.models.mdeq_cell import MDEQCell, check_cell
 from deq_jax.solvers import Solution
+from deq_jax.solvers.base import StopMode
 from deq_jax.training import (
     BackwardConfig,
     Config,
@@ -19,7 +20,6 @@ from deq_jax.training import (
     option,
     require,
 )
-from deq_jax.training.config import StopMode
 from deq_jax.training.parallel import make_fixed_point
 from experiments.initial import FamilyConfig
 

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from deq_jax import traced, tree
 from deq_jax.adjoints.base import BackwardStats, Call, Floats, as_probe
 from deq_jax.adjoints.implicit import at_unit_scale, sampled
+from deq_jax.solvers.anderson import Anderson
 from deq_jax.solvers.base import Keep, Solution, Solver, SolveStats, as_int, check_solver
 from deq_jax.solvers.broyden import Broyden, BroydenState
 from deq_jax.solvers.loop import Operands, Outcome, Settings, at, iterate, solve_traced
-from deq_jax.solvers.picard import Picard
 from deq_jax.traced import Traced
 from deq_jax.tree import PyTree
 
@@ -26,15 +26,20 @@ class Shine:
 
     The forward solve ends with H, an approximation of (J - I)^-1.  In place of the solution of
     u = J^T u + v, the backward pass takes u = P v with P = -H^T, which costs no vector-Jacobian
-    product, and refines it by u <- u + P (v + J^T u - u), one product a step.
+    product, and refines it: steps of Anderson's method for u = u + P (v + J^T u - u), one product
+    each.
 
-    A sample whose forward solve did not converge takes P = I instead: without refinement that is
-    the Jacobian-free gradient.
+    P knows only the directions of the forward steps.  On cells trained with a Jacobian penalty
+    (`benchmarks.shine`) P alone was hardly nearer to the exact gradient than the Jacobian-free one,
+    by cosine 0.972 to 0.972 (image cell) and 0.948 to 0.947 (text cell); one refining step gave
+    0.999 and 0.990.
+
+    A sample whose forward solve did not converge keeps the Jacobian-free gradient, u = v.
 
     Args:
-      refine: number of refining steps, 0 or more; such samples without a converged forward solve
-        are not refined.  Or a solver, which starts from P v and solves the refinement's fixed
-        point to its own tolerance: then the gradient is the exact one, as by `Implicit`.
+      refine: number of refining steps, 0 or more.  Or a solver: then all samples are refined from
+        their start (P v, or v with P = I) until its tolerance, and the gradient is the exact one,
+        as by `Implicit`.
 
     Returns:
       A gradient rule for `fixed_point`, whose solver has to be `Broyden`.
@@ -145,7 +150,9 @@ def _backward(
     floats = Floats(operands)
     _, vjp = jax.vjp(lambda z, values: at(program, floats.fill(values))(z), z, floats.values)
     if isinstance(rule.refine, int):
-        refiner = Picard(tol=solver.tol, max_steps=max(1, rule.refine), stop=solver.stop)
+        # By Anderson: plain refinement runs away where P is poor and J large.
+        steps = max(1, rule.refine)
+        refiner = Anderson(tol=solver.tol, max_steps=steps, memory=steps, stop=solver.stop)
         settings = Settings(refiner, rule.refine, keep="last", trace=False)
     else:
         settings = Settings(rule.refine, rule.refine.max_steps, keep="best", trace=False)

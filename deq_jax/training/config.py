@@ -21,12 +21,11 @@ import math
 from typing import Any, Literal, TypeVar, get_args
 
 import deq_jax as deq
+from deq_jax.solvers.base import Keep, StopMode
 
 ModelT = TypeVar("ModelT")
 SolverName = Literal["picard", "anderson", "broyden"]
 RuleName = Literal["implicit", "neumann", "unroll", "backprop", "reversible", "shine"]
-StopMode = Literal["rel", "abs"]
-Keep = Literal["best", "last"]
 
 
 def option(default: Any, description: str, *, may_change: bool = False) -> Any:

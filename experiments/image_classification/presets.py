@@ -28,8 +28,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from deq_jax.solvers.base import StopMode
 from deq_jax.training import EvalConfig, JacConfig, OptimConfig, TrainConfig
-from deq_jax.training.config import StopMode
 from experiments import trunk
 from experiments.image_classification.config import DataConfig, ImageConfig, ModelConfig
 
