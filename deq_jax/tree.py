@@ -228,6 +228,36 @@ def vary(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(leaf, tree)
 
 
+def without_keys(tree: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+    """Replaces PRNG keys by their data: JAX 0.10 takes none in a differentiated `lax.cond`.
+
+    Args:
+      tree: tree of arrays.
+
+    Returns:
+      The tree with arrays of integers for keys, and the function that restores the keys.
+    """
+
+    def implementation(leaf: Any) -> Any:
+        is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+        return jax.random.key_impl(leaf) if is_key else None
+
+    leaves, treedef = jax.tree.flatten(tree)
+    kinds = [implementation(leaf) for leaf in leaves]
+    data = [
+        leaf if kind is None else jax.random.key_data(leaf)
+        for leaf, kind in zip(leaves, kinds, strict=True)
+    ]
+
+    def restore(tree: PyTree) -> PyTree:
+        pairs = zip(jax.tree.leaves(tree), kinds, strict=True)
+        return treedef.unflatten(
+            [a if kind is None else jax.random.wrap_key_data(a, impl=kind) for a, kind in pairs]
+        )
+
+    return treedef.unflatten(data), restore
+
+
 def _varying(type_of_array: Any) -> frozenset[str]:
     """Mesh axes that an array varies over inside `jax.shard_map`."""
     return getattr(getattr(type_of_array, "mat", None), "varying", frozenset())

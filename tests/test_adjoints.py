@@ -470,6 +470,8 @@ def test_every_rule_under_every_transformation(x64, name, which):
 @pytest.mark.parametrize("way", ["shard_map", "sharded_fixed_point", "explicit mesh"])
 def test_every_rule_on_several_devices(x64, name, way):
     """Devices stop at different steps; gradients of shared parameters are summed outside loops."""
+    if way == "explicit mesh" and jax.__version_info__[:2] == (0, 10):
+        pytest.skip("JAX 0.10 cannot transpose a product of matrices inside of a trace there")
     params, z0, x = operands(batch=8)
     rule, solver, keep = RULES[name]
     whole, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")

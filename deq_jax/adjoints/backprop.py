@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 from jax import lax
 
-from deq_jax import traced
+from deq_jax import traced, tree
 from deq_jax.adjoints.base import Call
 from deq_jax.solvers.base import Keep, Solution, Solver, check_count
 from deq_jax.solvers.loop import Loop, Operands, Outcome, Settings, at, iterate
@@ -75,8 +75,15 @@ class Backprop:
 def _solve(program: Traced, rule: Backprop, settings: Settings, operands: Operands) -> Outcome:
     limit = settings.solver.max_steps if settings.budget is None else settings.budget
     run = functools.partial(_run, limit, rule.segments)
-    f = at(program, operands)
-    return iterate(settings, f, operands.z0, operands.budget, run=run, hold=True)
+    data, restore = tree.without_keys(operands)
+    return iterate(
+        settings,
+        lambda z: at(program, restore(data))(z),
+        operands.z0,
+        operands.budget,
+        run=run,
+        hold=True,
+    )
 
 
 def _run(

@@ -171,7 +171,9 @@ def _rooted(program: Traced, rule: Implicit, settings: Settings, operands: Opera
 
     def solve(_: Any, z0: PyTree) -> tuple[PyTree, tuple]:
         found = iterate(settings, f, z0, operands.budget)
-        return found.value, (found.stats, found.states)
+        # JAX 0.10 wants floating-point numbers only beside a root.
+        stats = dataclasses.replace(found.stats, **vars(as_probe(found.stats)))
+        return found.value, (stats, found.states)
 
     def solve_linear(product: Callable[[PyTree], PyTree], b: PyTree) -> PyTree:
         """Solves (J - I) t = b, the product, or the same with J^T."""
@@ -190,7 +192,13 @@ def _rooted(program: Traced, rule: Implicit, settings: Settings, operands: Opera
         lambda product, b: lax.custom_linear_solve(product, b, solve_linear, solve_linear),
         has_aux=True,
     )
-    return Outcome(value, *lax.stop_gradient((stats, states)))
+    stats, states = lax.stop_gradient((stats, states))
+    stats = dataclasses.replace(
+        stats,
+        num_steps=stats.num_steps.astype(jnp.int32),
+        converged=stats.converged.astype(bool),
+    )
+    return Outcome(value, stats, states)
 
 
 def at_unit_scale(solver: Solver, v: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
