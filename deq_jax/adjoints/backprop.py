@@ -97,7 +97,7 @@ def _run(
 
     def repeat(body: Callable[[Loop], Loop], length: int, c: Loop) -> Loop:
         def step(c: Loop, _: None) -> tuple[Loop, None]:
-            return lax.cond(go(c), jax.checkpoint(body), lambda c: c, c), None
+            return jax.checkpoint(lambda c: lax.cond(go(c), body, lambda c: c, c))(c), None
 
         return lax.scan(step, c, None, length=length)[0]
 
