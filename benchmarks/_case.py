@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -78,6 +79,22 @@ def limit_threads(threads: int) -> None:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
     os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def machine(device: str) -> str:
+    """What the cases ran on.
+
+    Args:
+        device: "cpu" or "gpu".
+
+    Returns:
+        The GPU's name, or the processor's.
+    """
+    if device == "gpu":
+        import torch  # pyright: ignore[reportMissingImports]
+
+        return torch.cuda.get_device_name()
+    return platform.processor() or platform.machine()
 
 
 def memory_mb(field: str) -> float:
@@ -208,7 +225,7 @@ def measure(fields: dict, repeats: int) -> dict:
     case = Case(**fields)
     program = build(case)
     program.evaluate()
-    peak = peak_mb(program.run)
+    peak = (peak_mb if case.device == "cpu" else program.peak)(program.run)
     runs, evaluations = times_ms([program.run, program.evaluate], repeats)
     walls, cpus = zip(*runs, strict=True)
     ms = statistics.median(walls)
@@ -227,5 +244,8 @@ def measure(fields: dict, repeats: int) -> dict:
 
 if __name__ == "__main__":
     request = json.loads(sys.argv[1])
-    limit_threads(request["case"]["threads"])
+    if request["case"]["device"] == "cpu":
+        limit_threads(request["case"]["threads"])
+    else:
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     print(json.dumps(measure(request["case"], request["repeats"])))

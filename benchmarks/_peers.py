@@ -21,18 +21,31 @@ from typing import Any
 
 import numpy as np
 
-NEVER = 1e-30  # A tolerance nobody reaches: all libraries run all their steps.
+from benchmarks._case import NEVER, cuda_peak_mb, jax_peak_mb
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row of the table: a library, a method, a problem, a direction, a number of threads."""
+    """One row of the table.
+
+    Attributes:
+        library: of `benchmarks.solvers.LIBRARIES`.
+        method: "picard", "anderson" or "broyden".
+        problem: of `SHAPES`.
+        direction: "forward" or "backward".
+        threads: on a CPU.
+        device: "cpu" or "gpu".
+        steps: evaluations of f.
+        anderson_memory: iterates that Anderson's method keeps.
+        broyden_memory: updates that Broyden's method keeps.
+    """
 
     library: str
     method: str
     problem: str
     direction: str
     threads: int
+    device: str = "cpu"
     steps: int = 20
     anderson_memory: int = 6
     broyden_memory: int = 20
@@ -47,11 +60,13 @@ class Program:
         evaluate: `steps` evaluations of f (forward) or of its vector-Jacobian product (backward),
             one after another.
         answer: the arrays that `run` gives, as numpy, to check that the libraries agree.
+        peak: on a GPU, gives the most memory in MiB that a call takes beyond what was in use.
     """
 
     run: Callable[[], Any]
     evaluate: Callable[[], Any]
     answer: Callable[[], list[np.ndarray]]
+    peak: Callable[[Callable[[], Any]], float]
 
 
 SHAPES = {"dense": (32, 1024), "cheap": (16, 100_000), "single": (1, 1_000_000)}
@@ -136,6 +151,7 @@ def _jax(case: Case) -> Program:
         run=lambda: jax.block_until_ready(program(*operands)),
         evaluate=lambda: jax.block_until_ready(evaluations(*operands)),
         answer=lambda: [np.asarray(leaf) for leaf in jax.tree.leaves(program(*operands))],
+        peak=jax_peak_mb,
     )
 
 
@@ -232,7 +248,10 @@ def _torchdeq(case: Case) -> Program:
     from torchdeq.solver import get_solver
 
     torch.set_num_threads(case.threads)
-    weights, x, cotangent = (torch.from_numpy(a) for a in arrays(case.problem))
+    on_gpu = case.device == "gpu"
+    torch.backends.cuda.matmul.allow_tf32 = on_gpu  # as JAX's default is
+    place = "cuda" if on_gpu else "cpu"
+    weights, x, cotangent = (torch.from_numpy(a).to(place) for a in arrays(case.problem))
     weights.requires_grad_()
     x.requires_grad_()
     zeros = torch.zeros_like(cotangent)
@@ -258,7 +277,21 @@ def _torchdeq(case: Case) -> Program:
                 return z
     else:
         run, evaluate = _torchdeq_backward(case, name, f, (weights, x), zeros, cotangent, torchdeq)
-    return Program(run, evaluate, lambda: [a.detach().numpy() for a in run()])
+
+    def finished(work: Callable[[], Any]) -> Callable[[], Any]:
+        def wait() -> Any:
+            found = work()
+            torch.cuda.synchronize()
+            return found
+
+        return wait if on_gpu else work
+
+    return Program(
+        finished(run),
+        finished(evaluate),
+        lambda: [a.detach().cpu().numpy() for a in run()],
+        cuda_peak_mb,
+    )
 
 
 def _torchdeq_backward(case, name, f, wanted, zeros, cotangent, torchdeq):

@@ -2,6 +2,7 @@
 
     pip install -e .[bench]
     python -m benchmarks.solvers
+    python -m benchmarks.solvers --device gpu
 
 Every case runs in a process of its own, bound to its number of threads; the cases of one problem
 follow one another, so that the libraries meet the same machine. Writes solvers.json and solvers.png
@@ -15,12 +16,11 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
-import platform
 import sys
 from pathlib import Path
 
 from benchmarks import _gradients
-from benchmarks._case import in_process
+from benchmarks._case import in_process, machine
 from benchmarks._peers import FORMULAS, SHAPES, Case
 
 LIBRARIES = ("deq_jax", "deq_jax-last", "torchdeq", "jaxopt", "optimistix")
@@ -48,10 +48,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", nargs="+", choices=values, default=values)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--threads", nargs="+", type=int, help="on a CPU; 1 and 2 if not given")
     parser.add_argument("--repeats", type=int, default=15, help="timed runs; the median is shown")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.threads = options.threads or ((1, 2) if options.device == "cpu" else (1,))
+    if options.device == "gpu":  # the gradients are measured on a CPU only
+        options.parts = [part for part in options.parts if part == "solves"]
+    return options
 
 
 def plan(options: argparse.Namespace) -> list[Case]:
@@ -67,7 +72,7 @@ def plan(options: argparse.Namespace) -> list[Case]:
         options.problems, options.threads, options.methods, options.directions, options.libraries
     )
     return [
-        Case(library, method, problem, direction, threads)
+        Case(library, method, problem, direction, threads, options.device)
         for problem, threads, method, direction, library in order
         if library not in ("optimistix", "deq_jax-last") or method == "picard"
     ]
@@ -100,7 +105,9 @@ def tables(rows: list[dict]) -> str:
     text = []
     for (problem, threads), group in _grouped(rows, "problem", "threads"):
         shape = ", ".join(f"{n:,}" for n in SHAPES[problem])
-        text += [f"\n{FORMULAS[problem]} at [{shape}], {threads} thread{'s'[: threads - 1]}"]
+        place = f"{threads} thread{'s'[: threads - 1]}"
+        place = place if group[0]["device"] == "cpu" else "GPU"
+        text += [f"\n{FORMULAS[problem]} at [{shape}], {place}"]
         text += [
             "| " + " | ".join(COLUMNS) + " |",
             "| " + " | ".join(["---"] * len(COLUMNS)) + " |",
@@ -108,7 +115,7 @@ def tables(rows: list[dict]) -> str:
         for (method, library), pair in _grouped(group, "method", "library"):
             way = {row["direction"]: row for row in pair}
             cells = [library, method]
-            for key, digits in (("ms", 1), ("ratio", 2), ("peak_mb", 0)):
+            for key, digits in (("ms", 2), ("ratio", 2), ("peak_mb", 0)):
                 for direction in DIRECTIONS:
                     number = way.get(direction, {}).get(key)
                     cells.append("-" if number is None else f"{number:,.{digits}f}")
@@ -206,7 +213,8 @@ def plot(rows: list[dict], path: Path) -> None:
                 size = "x".join(map(str, SHAPES[problem]))
                 ax.set_title(f"{method}, {problem} [{size}]", fontsize=9)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper right")
-    figure.suptitle(f"20 steps, float32, CPU threads: {threads}; less is better")
+    place = f"CPU threads: {threads}" if rows[0]["device"] == "cpu" else "GPU"
+    figure.suptitle(f"20 steps, float32, {place}; less is better")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -227,7 +235,7 @@ def main() -> None:
     gradients = gradient_rows(options) if "gradients" in options.parts else []
     packages = (*packages, "jax", *(["torch"] if "torchdeq" in packages else []))
     report = {
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(options.device),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "rows": rows,
         "gradients": gradients,

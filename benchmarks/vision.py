@@ -16,11 +16,10 @@ import datetime
 import importlib.metadata
 import importlib.util
 import json
-import platform
 import sys
 from pathlib import Path
 
-from benchmarks._case import in_process
+from benchmarks._case import in_process, machine
 from benchmarks._vision_case import MODELS, STOPPED, Case
 
 TASKS = ("train", "train with JR", "infer")
@@ -50,6 +49,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--batch", nargs="+", type=int, help="one for each of --models")
+    parser.add_argument("--forms", nargs="+", help="of the libraries; all if not given")
     parser.add_argument("--steps", type=int, default=5, help="timed runs; the median is shown")
     parser.add_argument("--device", choices=tuple(FORMS), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU")
@@ -71,7 +71,7 @@ def plan(options: argparse.Namespace) -> list[Case]:
     Returns:
         The cases in running order; ResNet-101 follows the inference of each model.
     """
-    forms, cases = FORMS[options.device], []
+    forms, cases = chosen(FORMS[options.device], options.forms), []
     for name, images in zip(options.models, options.batch, strict=True):
         for task in options.tasks:
             pairs = [(name, library, form) for library in forms for form in forms[library]]
@@ -82,6 +82,22 @@ def plan(options: argparse.Namespace) -> list[Case]:
                 for network, library, form in pairs
             ]
     return cases
+
+
+def chosen(forms: dict[str, tuple[str, ...]], names: list[str] | None) -> dict[str, list[str]]:
+    """Those forms of the libraries that were asked for.
+
+    Args:
+        forms: library -> all of its forms.
+        names: of forms; None for all.
+
+    Returns:
+        library -> forms.
+    """
+    return {
+        library: [form for form in known if names is None or form in names]
+        for library, known in forms.items()
+    }
 
 
 def groups(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
@@ -181,22 +197,6 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.suptitle("float32, equal evaluations of f; less is better")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-
-
-def machine(device: str) -> str:
-    """What the cases ran on.
-
-    Args:
-        device: "cpu" or "gpu".
-
-    Returns:
-        The GPU's name, or the processor's.
-    """
-    if device == "gpu":
-        import torch  # pyright: ignore[reportMissingImports]
-
-        return torch.cuda.get_device_name()
-    return platform.processor() or platform.machine()
 
 
 def main() -> None:
