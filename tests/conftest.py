@@ -88,11 +88,11 @@ def pytest_pycollect_makemodule(
     return None
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def few_mappings():
     """Forgets compiled programs before their memory mappings reach the kernel's limit of 65,530.
 
-    Beyond it the compiler crashes; a worker that runs half of the suite comes that far.
+    Beyond it the compiler crashes; a worker that runs test_adjoints.py comes that far.
     """
     yield
     maps = Path("/proc/self/maps")
