@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# What needs a GPU: the tests marked accelerator, and the benchmarks beside PyTorch and ResNet-101.
+#
+#     benchmarks/on_gpu.sh FOLDER [tests|solvers|vision|language ...]
+#
+# The folder gets a log of every part and the results; a part that fails does not end the others.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:${PYTHONPATH:-}"
+
+folder=$1
+shift
+mkdir -p "$folder"
+
+tests() {
+  python3 -m pytest -m accelerator tests/test_accelerator.py -n "${PROCESSES:-8}" --durations=8
+}
+
+solvers() {
+  python3 -m benchmarks.solvers --device gpu --out "$folder" --directions forward \
+    --problems dense cheap --libraries deq_jax torchdeq jaxopt
+}
+
+vision() {
+  python3 -m benchmarks.vision --device gpu --out "$folder" --models cifar10_large \
+    --tasks "train with JR" infer --forms "1 device" channels_last compiled --steps 20
+}
+
+language() {
+  python3 -m benchmarks.language --device gpu --out "$folder" --parts peers --sizes medium \
+    --tasks "train with JR" infer --steps 20
+}
+
+for part in "${@:-tests solvers vision language}"; do
+  for one in $part; do
+    began=$SECONDS
+    "$one" >"$folder/$one.log" 2>&1
+    echo "$one: exit $?, $((SECONDS - began)) s"
+    tail -n 30 "$folder/$one.log"
+  done
+done
