@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import deq_jax as deq
-from deq_jax import testing
-from deq_jax.solvers import history
+from deq_jax import testing, tree
+from deq_jax.solvers import history, loop
 from deq_jax.solvers.loop import Settings, iterate
 from deq_jax.training import parallel
 
@@ -680,6 +680,26 @@ def test_shine_falls_back_to_the_jacobian_free_gradient_sample_by_sample(x64):
         # f is z @ w through tanh, plus x: of x the Jacobian-free gradient is the cotangent.
         np.testing.assert_allclose(ours[~converged], c[~converged], rtol=1e-12)
         assert (jnp.abs(ours - c)[converged] > 1e-3).any()
+
+
+def test_shine_is_finite_where_finished_samples_stay(monkeypatch):
+    """As they do on accelerators: the factors of their later steps grew until they were NaN."""
+    monkeypatch.setattr(loop, "_kept", tree.where)
+    W = deq.init.orthogonal(0.9)(jax.random.key(0), (16, 16), jnp.float32)
+    size = jnp.array([1e-7, 1.0, 1.0])[:, None]  # the first sample is done at once
+    x = size * jax.random.normal(jax.random.key(1), (3, 16))
+    solver = deq.Broyden(tol=1e-6, max_steps=60, memory=60, stop="abs")
+
+    def value(W, rule):
+        def f(W, z, x):
+            return jnp.tanh(z @ W + x)
+
+        sol = deq.fixed_point(f, W, jnp.zeros_like(x), x, solver=solver, adjoint=rule)
+        return jnp.sum(jnp.sin(sol.value))
+
+    gradient = jax.grad(value)
+    exact, found = gradient(W, deq.Implicit(solver)), gradient(W, deq.Shine(2))
+    assert jnp.linalg.norm(found - exact) < 0.05 * jnp.linalg.norm(exact)
 
 
 def test_shine_counts_its_products(x64):

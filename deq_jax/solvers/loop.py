@@ -236,6 +236,8 @@ def iterate(
         better, done, residual, num_steps, row = lax.optimization_barrier(
             (better, done, residual, num_steps, row)
         )
+        if carry:  # by a residual of 0 a finished sample adds nothing to the state handed on
+            fz = tree.where(done, c.z, fz)
         before = (c.z, fz, c.state)
         if hold:
             before = _held(done, lax.stop_gradient(before), before)
