@@ -186,6 +186,16 @@ def test_peak_memory_holds_one_history_of_its_own_size():
         assert vectors - 1 <= extra <= vectors + 4
 
 
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+def test_no_sum_over_the_start_is_left_to_the_compiler(solver):
+    """Under shard_map XLA folded one over a state of zeros element by element, for seconds."""
+    mesh = parallel.make_mesh(jax.devices()[:2])
+    fixed_point = parallel.sharded_fixed_point(mesh)
+    text = gradient(solver, fixed_point=fixed_point).lower(*operands()).as_text()
+    sums = re.findall(r"applies stablehlo\.or across .*: \(tensor<([\dx]+)xi1>", text)
+    assert sums and all(np.prod(list(map(int, shape.split("x")))) <= B for shape in sums)
+
+
 def states_of(rule, steps):
     """Temporary memory of a gradient, in states [B, D]; f is two layers, which are not stored."""
     params, x = operands()
