@@ -181,8 +181,8 @@ def column(tree: PyTree, dtype: Any = jnp.float32) -> jax.Array:
     """
     leaf = jax.tree.leaves(tree)[0]
     split = jax.typeof(leaf).sharding.spec
-    # One number a sample will do, and XLA does not fold a sum over a large constant at compile time.
-    # Of an axis that is split all numbers are taken: to pick one would be communication.
+    # One number a sample will do: XLA would fold a sum over a large constant when it compiles.  Of
+    # an axis that is split all numbers are taken: to pick one would be communication.
     one = tuple(slice(None) if split[axis] else slice(1) for axis in range(1, leaf.ndim))
     few = leaf[:, *one]
     return jnp.any(few < few, axis=tuple(range(1, leaf.ndim))).astype(dtype)
