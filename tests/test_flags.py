@@ -162,6 +162,10 @@ from test_flags import PRESETS
 
 def main(config):
     print(config.model.width)
+    if config.model.note == "open":
+        open("nowhere.txt")
+    if config.model.note == "no data":
+        raise FileNotFoundError("no data set here; prepare it")
     if config.model.note:
         raise UsageError(config.model.note)
 
@@ -201,6 +205,7 @@ def test_helpshort_lists_every_field_with_its_default(tmp_path):
         ),
         (["--preset=huge"], 1, "", "error: unknown preset 'huge'; presets: small, large"),
         (["--model.note=the workdir is taken"], 1, "8\n", "error: the workdir is taken"),
+        (["--model.note=no data"], 1, "8\n", "error: no data set here; prepare it"),
     ],
 )
 def test_a_main_program_speaks_plainly(tmp_path, args, code, out, err):
@@ -208,6 +213,12 @@ def test_a_main_program_speaks_plainly(tmp_path, args, code, out, err):
     assert (done.returncode, done.stdout) == (code, out)
     assert done.stderr.startswith(err)
     assert "Traceback" not in done.stderr
+
+
+def test_a_file_that_a_program_misses_by_mistake_shows_where(tmp_path):
+    done = run_main(tmp_path, "--model.note=open")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and 'open("nowhere.txt")' in done.stderr
 
 
 def test_unknown_names_are_not_ignored():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -281,6 +282,13 @@ def test_a_workdir_that_cannot_be_used_is_refused(tmp_path):
         with workdir.claimed(Config(workdir=str(tmp_path))):
             pass
     assert (tmp_path / "config.json").read_text() == "[1, 2"
+
+
+def test_where_the_system_has_no_locks_a_workdir_is_used_without(tmp_path, monkeypatch):
+    """As on Windows."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with workdir.claimed(config_for(tmp_path / "run")) as folder:
+        assert (folder / "config.json").exists()
 
 
 def test_a_full_disk_during_training_delays_checkpoints_only(

@@ -333,8 +333,11 @@ def _files(folder: Path) -> dict[str, list[int]]:
     found = {}
     for path in folder.rglob("*"):
         if path.is_file() and path.name != _MANIFEST:
-            data = path.read_bytes()
-            found[str(path.relative_to(folder))] = [len(data), zlib.crc32(data)]
+            checksum = 0
+            with path.open("rb") as file:
+                while data := file.read(1 << 24):
+                    checksum = zlib.crc32(data, checksum)
+            found[str(path.relative_to(folder))] = [path.stat().st_size, checksum]
     return found
 
 

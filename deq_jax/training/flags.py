@@ -81,15 +81,15 @@ def run(main: Callable[[ConfigT], object], presets: Mapping[str, ConfigT], *, de
         try:
             watch = distributed.initialize(*(values[name].value for name in _PROCESSES))
             main(config)
-        except (UsageError, FileNotFoundError) as error:  # the latter: a data set that is not there
-            if watch is not None:  # the others wait for this one, which must not wait for them
-                watch.fail(f"process {jax.process_index()}: {error}")
-            _fail(str(error))
         except Interrupted as request:
             sys.stderr.write(f"{request}\n" * distributed.is_first())
             _end(watch)
             sys.exit(128 + request.signal_number)
         except Exception as error:
+            if _is_said_in_words(error):
+                if watch is not None:  # the others wait for this one, which must not wait for them
+                    watch.fail(f"process {jax.process_index()}: {error}")
+                _fail(str(error))
             if watch is None:
                 raise
             if isinstance(error, jax.errors.JaxRuntimeError) and watch.is_alone():
@@ -261,6 +261,12 @@ class _Serializer(absl_flags.ArgumentSerializer):
         if value is None:
             return "none"
         return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _is_said_in_words(error: Exception) -> bool:
+    """Whether it is the user's to mend: a data set that is not there has no error number."""
+    absent = isinstance(error, FileNotFoundError) and error.errno is None
+    return absent or isinstance(error, UsageError)
 
 
 def _end(watch: Watch | None) -> None:

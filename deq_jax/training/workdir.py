@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -87,10 +86,14 @@ def _begin(config: Config, path: Path, stack: contextlib.ExitStack) -> None:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[TextIO]:
-    """Holds a lock; where the file system knows none, there is none."""
+    """Holds a lock; where the system or the file system knows none, there is none."""
     with path.open("a+") as file:
         try:
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
         except BlockingIOError:
             file.seek(0)
             raise UsageError(
