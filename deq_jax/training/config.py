@@ -322,6 +322,11 @@ class Config:
         "initial weights",
         may_change=True,
     )  # fmt: skip
+    dry_run: bool = option(
+        False, "instead of training, compile a step and show parameters, memory and operations; "
+        "needs no data, writes nothing",
+        may_change=True,
+    )  # fmt: skip
     accumulate: int = option(
         1, "parts that a training batch is computed in, one after the other, for one update"
     )

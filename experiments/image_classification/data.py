@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
 
 from deq_jax.data import augment, images, pipeline, sources
 from deq_jax.data.records import Reader
@@ -66,6 +67,20 @@ def build_data(config: ImageConfig) -> tuple[DataIterator, EvalData]:
         on_corrupt=data.on_corrupt,
     )
     return corrupt.Training(batches), corrupt.passes(one_pass)
+
+
+def shapes(config: ImageConfig) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """What a training batch over all devices is made of, for `experiments.dry_run`.
+
+    Args:
+      config: data and train are read.
+
+    Returns:
+      Name -> (shape, dtype).
+    """
+    size = config.train.batch_size
+    image = (size, config.data.size, config.data.size, config.data.colors)
+    return {"image": (image, np.float32), "label": ((size,), np.int32)}
 
 
 def open_set(config: ImageConfig, split: str) -> Any:

@@ -16,11 +16,11 @@ import jax
 
 from deq_jax.training import flags
 from deq_jax.training.parallel import make_mesh
-from experiments import diagnose
+from experiments import diagnose, dry_run
 from experiments import report as shared
 from experiments.image_classification import report
 from experiments.image_classification.config import ImageConfig
-from experiments.image_classification.data import build_data
+from experiments.image_classification.data import build_data, shapes
 from experiments.image_classification.presets import PRESETS
 from experiments.image_classification.task import ImageTask
 from experiments.variants import parts, train_all
@@ -28,9 +28,12 @@ from experiments.variants import parts, train_all
 
 def run(config: ImageConfig) -> dict[str, report.Trained]:
     """Trains "no_jr" and "jr" for a comparison, else "model"; writes the report."""
-    train_data, eval_data = build_data(config)  # before anything is written: it may be missing
     mesh = make_mesh()
     make_task = partial(ImageTask, mesh=mesh)
+    if config.dry_run:
+        shared.show(dry_run.run(parts(config), make_task, shapes(config), mesh))
+        return {}
+    train_data, eval_data = build_data(config)  # before anything is written: it may be missing
     if config.diagnose:
         shared.show(diagnose.run(parts(config), make_task, train_data, mesh))
         return {}

@@ -28,6 +28,8 @@ def run(config: InitConfig) -> None:
     """Measures or trains, and writes the report."""
     if jax.process_count() > 1:
         raise UsageError(f"got {jax.process_count()} processes; wanted one: nothing is split here")
+    if config.dry_run:
+        raise UsageError("got --dry_run; wanted another task: many models train here at once")
     if config.diagnose:
         return shared.show(diagnosis.run(config))
     part = dataclasses.replace(config, workdir=os.path.join(config.workdir, config.mode))

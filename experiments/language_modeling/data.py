@@ -6,8 +6,10 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 
 from deq_jax.data import corpora, text
 from deq_jax.training import DataIterator, EvalData, UsageError
@@ -69,6 +71,41 @@ def build_data(config: LanguageConfig) -> Texts:
 
     watched = held_out("valid", data.watched)
     return Texts(found, train, watched, held_out("valid"), held_out("test"))
+
+
+def shapes(config: LanguageConfig) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """What a training batch over all devices is made of, for `experiments.dry_run`.
+
+    Args:
+      config: data and train are read.
+
+    Returns:
+      Name -> (shape, dtype).
+    """
+    streams = config.train.batch_size
+    whole = (streams, config.data.length)
+    return {
+        "words": (whole, np.int32),
+        "targets": (whole, np.int32),
+        "weight": (whole, np.float32),
+        "fresh": ((streams,), np.float32),
+    }
+
+
+def count_words(data: DataConfig) -> int:
+    """Size of the vocabulary, of Wikipedia's without opening it.
+
+    Args:
+      data: see `open_corpus`.
+
+    Returns:
+      Words.
+
+    Raises:
+      MissingData: the text is not there.
+    """
+    known = {"wikitext-2": 33_278, "wikitext-103": 267_735}.get(data.name)
+    return known or len(open_corpus(data).vocabulary)
 
 
 def open_corpus(data: DataConfig) -> text.Corpus:

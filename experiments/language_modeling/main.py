@@ -19,11 +19,11 @@ import jax
 
 from deq_jax.training import flags
 from deq_jax.training.parallel import make_mesh
-from experiments import diagnose
+from experiments import diagnose, dry_run
 from experiments import report as shared
 from experiments.language_modeling import generate, report
 from experiments.language_modeling.config import LanguageConfig
-from experiments.language_modeling.data import build_data
+from experiments.language_modeling.data import build_data, count_words, shapes
 from experiments.language_modeling.presets import PRESETS
 from experiments.language_modeling.task import LanguageTask
 from experiments.variants import parts, train_all
@@ -34,7 +34,12 @@ def run(config: LanguageConfig) -> dict[str, report.Trained]:
     if config.generate:
         sys.stdout.write(generate.run(config) + "\n")
         return {}
-    texts, mesh = build_data(config), make_mesh()  # before anything is written: it may be missing
+    mesh = make_mesh()
+    if config.dry_run:
+        make_task = partial(LanguageTask, mesh=mesh, words=count_words(config.data))
+        shared.show(dry_run.run(parts(config), make_task, shapes(config), mesh))
+        return {}
+    texts = build_data(config)  # before anything is written: it may be missing
     make_task = partial(LanguageTask, mesh=mesh, words=len(texts.corpus.vocabulary))
     if config.diagnose:
         shared.show(diagnose.run(parts(config), make_task, texts.train, mesh, LanguageTask.x_axes))

@@ -110,6 +110,19 @@ def build_data(config: SegmentationConfig) -> Sets:
     )
 
 
+def shapes(config: SegmentationConfig) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """What a training batch over all devices is made of, for `experiments.dry_run`.
+
+    Args:
+      config: data and train are read.
+
+    Returns:
+      Name -> (shape, dtype).
+    """
+    place = (config.train.batch_size, *config.data.crop)
+    return {"image": ((*place, 3), np.float32), "label": (place, np.int32)}
+
+
 def open_set(config: SegmentationConfig, split: str) -> Any:
     """Opens one split.
 

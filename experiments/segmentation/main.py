@@ -11,11 +11,14 @@ equilibrium from such a folder of an ImageNet model of the same trunk, or from c
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
+import numpy as np
 
 from deq_jax.training import flags
 from deq_jax.training.parallel import make_mesh
-from experiments import diagnose
+from experiments import diagnose, dry_run
 from experiments import report as shared
 from experiments.segmentation import data, presets, report
 from experiments.segmentation.config import SegmentationConfig
@@ -25,12 +28,14 @@ from experiments.variants import parts, train_all
 
 def run(config: SegmentationConfig) -> dict[str, report.Trained]:
     """Trains "no_jr" and "jr" for a comparison, else "model"; writes the report."""
+    mesh, names = make_mesh(), data.CLASSES[config.data.name].names
+    make_task = partial(SegmentationTask, mesh=mesh, names=names)
+    if config.dry_run:
+        equal = partial(make_task, weights=np.ones(len(names)))
+        shared.show(dry_run.run(parts(config), equal, data.shapes(config), mesh))
+        return {}
     sets = data.build_data(config)  # before anything is written: it may be missing
-    mesh, names = make_mesh(), sets.classes.names
-
-    def make_task(part: SegmentationConfig) -> SegmentationTask:
-        return SegmentationTask(part, mesh, names=names, weights=sets.weights)
-
+    make_task = partial(make_task, weights=sets.weights)
     if config.diagnose:
         shared.show(diagnose.run(parts(config), make_task, sets.train, mesh))
         return {}

@@ -12,9 +12,11 @@ import dataclasses
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from deq_jax.training import flags, train, workdir
 from deq_jax.training.parallel import make_mesh
-from experiments import diagnose
+from experiments import diagnose, dry_run
 from experiments import report as shared
 from experiments.toy_regression import report
 from experiments.toy_regression.config import PRESETS, ToyConfig
@@ -27,8 +29,13 @@ def run(config: ToyConfig) -> dict[float, report.Trained]:
     for gamma in config.gammas:
         jac, name = dataclasses.replace(config.jac, gamma=gamma), f"gamma_{gamma:g}"
         parts[gamma] = dataclasses.replace(config, workdir=str(folder / name), jac=jac)
+    named = {f"gamma = {gamma:g}": part for gamma, part in parts.items()}
+    if config.dry_run:
+        one = (config.train.batch_size, 1)
+        batch = {name: (one, np.float32) for name in ("x", "y")}
+        shared.show(dry_run.run(named, partial(ToyTask, mesh=mesh), batch, mesh))
+        return {}
     if config.diagnose:
-        named = {f"gamma = {gamma:g}": part for gamma, part in parts.items()}
         data, _ = build_data(config)
         shared.show(diagnose.run(named, partial(ToyTask, mesh=mesh), data, mesh))
         return {}

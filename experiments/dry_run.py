@@ -1,0 +1,96 @@
+"""What `--dry_run` prints: size, memory and operations of a training step, compiled but not run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from deq_jax.training import Config, Task, UsageError, make_train_step
+from deq_jax.training.optim import make_optimizer
+from deq_jax.training.parallel import batch_sharding
+from deq_jax.training.state import abstract_state
+from experiments import report
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def run(
+    parts: Mapping[str, ConfigT],
+    make_task: Callable[[ConfigT], Task],
+    batch: Mapping[str, tuple[tuple[int, ...], Any]],
+    mesh: Mesh,
+) -> str:
+    """Compiles the training step of every model of a command; needs no data and writes nothing.
+
+    Args:
+      parts: name of a model -> its configuration.
+      make_task: builds a task.
+      batch: name -> (shape, dtype) of the arrays of a batch over all devices, but for its mask.
+      mesh: the devices.
+
+    Returns:
+      A table, in Markdown.
+
+    Raises:
+      UsageError: a batch does not divide by the devices.
+    """
+    header, columns = [f"a step on {mesh.size} {jax.devices()[0].platform}"], []
+    for name, part in parts.items():
+        header.append(name)
+        columns.append(measure(part, make_task(part), batch, mesh))
+    rows = [[label, *(column[label] for column in columns)] for label in columns[0]]
+    return report.table(header, rows) + (
+        "\nMemory (MiB), FLOPs and bytes are those of one device; the body of a loop counts once,\n"
+        "as one step of a solve.\n"
+    )
+
+
+def measure(
+    config: Config, task: Task, batch: Mapping[str, tuple[tuple[int, ...], Any]], mesh: Mesh
+) -> dict[str, str]:
+    """Compiles one training step and reads the program.
+
+    Args:
+      config: the whole configuration.
+      task: model and loss.
+      batch: as for `run`.
+      mesh: the devices.
+
+    Returns:
+      What is measured -> its value in words.
+
+    Raises:
+      UsageError: the batch does not divide by the devices.
+    """
+    size = config.train.batch_size
+    if size % mesh.size:
+        raise UsageError(
+            f"got --train.batch_size={size} for {mesh.size} devices; wanted a multiple of "
+            f"{mesh.size}"
+        )
+    arrays = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+        for name, (shape, dtype) in {**batch, "mask": ((size,), np.float32)}.items()
+    }
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    state = abstract_state(task, optimizer, mesh, shard_above=config.shard_above)
+    began = time.perf_counter()
+    program = make_train_step(task, config, optimizer, mesh).lower(state, arrays).compile()
+    seconds = time.perf_counter() - began
+    memory, cost = program.memory_analysis(), program.cost_analysis()
+    mib = 2.0**20
+    return {
+        "parameters": f"{sum(math.prod(a.shape) for a in jax.tree.leaves(state.params)):,}",
+        "examples": f"{size:,}",
+        "memory: state and batch": f"{memory.argument_size_in_bytes / mib:,.1f}",
+        "memory: while it runs": f"{memory.temp_size_in_bytes / mib:,.1f}",
+        "GFLOPs": f"{cost['flops'] / 1e9:,.2f}",
+        "GB read and written": f"{cost['bytes accessed'] / 1e9:,.2f}",
+        "seconds to compile": f"{seconds:.1f}",
+    }
