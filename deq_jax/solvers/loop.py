@@ -236,7 +236,7 @@ def iterate(
         better, done, residual, num_steps, row = lax.optimization_barrier(
             (better, done, residual, num_steps, row)
         )
-        if carry:  # by a residual of 0 a finished sample adds nothing to the state handed on
+        if carry and not hold:  # by a residual of 0 a finished sample adds nothing to the state
             fz = tree.where(done, c.z, fz)
         before = (c.z, fz, c.state)
         if hold:
