@@ -165,7 +165,7 @@ def table(report: dict) -> str:
     for rule in rules:
         cells = []
         for penalty in PENALTY:
-            rows = [r for r in report["runs"] if (r["rule"], r["penalty"]) == (rule, penalty)]
+            rows = [r for r in report["runs"] if (r["rule"], r["model"]) == (rule, penalty)]
             for budget in BUDGETS:
                 values = [100 * r["accuracy"][budget] for r in rows if "accuracy" in r]
                 mean = statistics.mean(values) if values else float("nan")
@@ -192,7 +192,7 @@ def main() -> None:
         for rule in options.rules:
             for penalty in PENALTY:
                 row = train(rule, penalty, seed, options.steps, options.work)
-                runs.append({"rule": rule, "penalty": penalty, "seed": seed} | row)
+                runs.append(row | {"rule": rule, "model": penalty, "seed": seed})
                 shown = row.get("error") or row["accuracy"]
                 print(f"{rule} {penalty} {seed}: {shown}", file=sys.stderr, flush=True)
     steps = in_process("benchmarks.rules", {"rules": options.rules, "repeats": options.repeats})
