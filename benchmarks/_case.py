@@ -51,6 +51,7 @@ def in_process(module: str, request: dict) -> dict:
     child = subprocess.run(
         [sys.executable, "-m", module, json.dumps(request)],
         cwd=Path(__file__).resolve().parents[1],
+        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},  # memory as it is needed
         capture_output=True,
         text=True,
         check=False,
@@ -246,6 +247,4 @@ if __name__ == "__main__":
     request = json.loads(sys.argv[1])
     if request["case"]["device"] == "cpu":
         limit_threads(request["case"]["threads"])
-    else:
-        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     print(json.dumps(measure(request["case"], request["repeats"])))

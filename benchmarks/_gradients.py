@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._case import limit_threads, peak_mb, times_ms
-from benchmarks._peers import NEVER, arrays, f_jax
+from benchmarks._case import NEVER, limit_threads, peak_mb, times_ms
+from benchmarks._peers import arrays, f_jax
 
 PROBLEM, STEPS, PHANTOM = "dense", 20, (5, 0.5)
 RULES = {

@@ -1,6 +1,5 @@
 """deq_jax's side of the language benchmark: the path of a training run, without its optimiser."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,6 @@ def build(case: Case) -> Step:
     Returns:
         The program.
     """
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     import jax
 
     devices = int(case.form.split()[0])

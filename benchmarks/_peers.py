@@ -287,10 +287,10 @@ def _torchdeq(case: Case) -> Program:
         return wait if on_gpu else work
 
     return Program(
-        finished(run),
-        finished(evaluate),
-        lambda: [a.detach().cpu().numpy() for a in run()],
-        cuda_peak_mb,
+        run=finished(run),
+        evaluate=finished(evaluate),
+        answer=lambda: [a.detach().cpu().numpy() for a in run()],
+        peak=cuda_peak_mb,
     )
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks._case import in_process, machine
 from benchmarks._language_case import HISTORY, SIZES, Case
-from benchmarks.vision import TASKS, chosen
+from benchmarks.vision import TASKS, forms_of, names_of
 
 PARTS = ("peers", "flat")
 FORMS = {
@@ -66,7 +66,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small", "medium"], help=text)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="of peers")
     parser.add_argument("--batch", nargs="+", type=int, help="streams, one for each of --sizes")
-    parser.add_argument("--forms", nargs="+", help="of the libraries; all if not given")
+    parser.add_argument("--forms", nargs="+", choices=names_of(FORMS), help="all if not given")
     parser.add_argument("--steps", type=int, default=5, help="timed runs; the median is shown")
     parser.add_argument("--device", choices=tuple(FORMS), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU")
@@ -88,7 +88,7 @@ def plan(options: argparse.Namespace) -> dict[str, list[Case]]:
     Returns:
         part -> cases in running order.
     """
-    forms, place = chosen(FORMS[options.device], options.forms), (options.threads, options.device)
+    forms, place = forms_of(FORMS[options.device], options.forms), (options.threads, options.device)
     sizes = list(zip(options.sizes, options.batch, strict=True))
     peers = [
         Case(size, "deq", library, form, task, DEPTH, None, streams, *place)

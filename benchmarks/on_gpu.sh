@@ -6,11 +6,12 @@
 # The folder gets a log of every part and the results; a part that fails does not end the others.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:${PYTHONPATH:-}"
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:${PYTHONPATH:-}"
 
-folder=$1
+folder=${1:?wanted the folder of logs and results}
 shift
 mkdir -p "$folder"
+[ $# -gt 0 ] || set -- tests solvers vision language
 
 tests() {
   python3 -m pytest -m accelerator tests/test_accelerator.py -n "${PROCESSES:-8}" --durations=8
@@ -31,11 +32,9 @@ language() {
     --tasks "train with JR" infer --steps 20
 }
 
-for part in "${@:-tests solvers vision language}"; do
-  for one in $part; do
-    began=$SECONDS
-    "$one" >"$folder/$one.log" 2>&1
-    echo "$one: exit $?, $((SECONDS - began)) s"
-    tail -n 30 "$folder/$one.log"
-  done
+for part in "$@"; do
+  began=$SECONDS
+  "$part" >"$folder/$part.log" 2>&1
+  echo "$part: exit $?, $((SECONDS - began)) s"
+  tail -n 30 "$folder/$part.log"
 done

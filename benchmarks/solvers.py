@@ -103,11 +103,9 @@ def tables(rows: list[dict]) -> str:
         The text.
     """
     text = []
-    for (problem, threads), group in _grouped(rows, "problem", "threads"):
+    for (problem, _), group in _grouped(rows, "problem", "threads"):
         shape = ", ".join(f"{n:,}" for n in SHAPES[problem])
-        place = f"{threads} thread{'s'[: threads - 1]}"
-        place = place if group[0]["device"] == "cpu" else "GPU"
-        text += [f"\n{FORMULAS[problem]} at [{shape}], {place}"]
+        text += [f"\n{FORMULAS[problem]} at [{shape}], {_place(group[0])}"]
         text += [
             "| " + " | ".join(COLUMNS) + " |",
             "| " + " | ".join(["---"] * len(COLUMNS)) + " |",
@@ -115,7 +113,7 @@ def tables(rows: list[dict]) -> str:
         for (method, library), pair in _grouped(group, "method", "library"):
             way = {row["direction"]: row for row in pair}
             cells = [library, method]
-            for key, digits in (("ms", 2), ("ratio", 2), ("peak_mb", 0)):
+            for key, digits in (("ms", 2 if _on_gpu(pair[0]) else 1), ("ratio", 2), ("peak_mb", 0)):
                 for direction in DIRECTIONS:
                     number = way.get(direction, {}).get(key)
                     cells.append("-" if number is None else f"{number:,.{digits}f}")
@@ -158,8 +156,8 @@ def gradient_table(rows: list[dict]) -> str:
         The text.
     """
     text = []
-    for (threads,), group in _grouped(rows, "threads"):
-        text += [f"\nvalue and gradient, {threads} thread{'s'[: threads - 1]}"]
+    for _, group in _grouped(rows, "threads"):
+        text += [f"\nvalue and gradient, {_place(group[0])}"]
         text += ["| library | rule | ms | MB | relative error | cosine |"]
         text += ["| --- | --- | --- | --- | --- | --- |"]
         text += [
@@ -171,6 +169,16 @@ def gradient_table(rows: list[dict]) -> str:
             for row in group
         ]
     return "\n".join(text)
+
+
+def _on_gpu(row: dict) -> bool:
+    """Whether a case ran on a GPU; gradients and earlier results have no device."""
+    return row.get("device") == "gpu"
+
+
+def _place(row: dict) -> str:
+    """What a case ran on, in words."""
+    return "GPU" if _on_gpu(row) else f"{row['threads']} thread{'s'[: row['threads'] - 1]}"
 
 
 def _grouped(rows: list[dict], *keys: str) -> list[tuple[tuple, list[dict]]]:
@@ -213,7 +221,7 @@ def plot(rows: list[dict], path: Path) -> None:
                 size = "x".join(map(str, SHAPES[problem]))
                 ax.set_title(f"{method}, {problem} [{size}]", fontsize=9)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper right")
-    place = f"CPU threads: {threads}" if rows[0]["device"] == "cpu" else "GPU"
+    place = _place(rows[0]) if rows else ""
     figure.suptitle(f"20 steps, float32, {place}; less is better")
     figure.tight_layout()
     figure.savefig(path, dpi=120)

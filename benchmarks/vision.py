@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--batch", nargs="+", type=int, help="one for each of --models")
-    parser.add_argument("--forms", nargs="+", help="of the libraries; all if not given")
+    parser.add_argument("--forms", nargs="+", choices=names_of(FORMS), help="all if not given")
     parser.add_argument("--steps", type=int, default=5, help="timed runs; the median is shown")
     parser.add_argument("--device", choices=tuple(FORMS), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU")
@@ -71,7 +72,7 @@ def plan(options: argparse.Namespace) -> list[Case]:
     Returns:
         The cases in running order; ResNet-101 follows the inference of each model.
     """
-    forms, cases = chosen(FORMS[options.device], options.forms), []
+    forms, cases = forms_of(FORMS[options.device], options.forms), []
     for name, images in zip(options.models, options.batch, strict=True):
         for task in options.tasks:
             pairs = [(name, library, form) for library in forms for form in forms[library]]
@@ -84,7 +85,7 @@ def plan(options: argparse.Namespace) -> list[Case]:
     return cases
 
 
-def chosen(forms: dict[str, tuple[str, ...]], names: list[str] | None) -> dict[str, list[str]]:
+def forms_of(forms: dict[str, tuple[str, ...]], names: list[str] | None) -> dict[str, list[str]]:
     """Those forms of the libraries that were asked for.
 
     Args:
@@ -98,6 +99,19 @@ def chosen(forms: dict[str, tuple[str, ...]], names: list[str] | None) -> dict[s
         library: [form for form in known if names is None or form in names]
         for library, known in forms.items()
     }
+
+
+def names_of(forms: dict[str, dict[str, tuple[str, ...]]]) -> list[str]:
+    """All forms of all libraries on all devices.
+
+    Args:
+        forms: device -> library -> forms.
+
+    Returns:
+        Every name once.
+    """
+    names = [form for known in forms.values() for form in itertools.chain(*known.values())]
+    return list(dict.fromkeys(names))
 
 
 def groups(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from deq_jax.training import Config, Task, UsageError, make_train_step
+from deq_jax.training import Config, Task, make_train_step
 from deq_jax.training.optim import make_optimizer
 from deq_jax.training.parallel import batch_sharding
+from deq_jax.training.placement import require_even
 from deq_jax.training.state import abstract_state
 from experiments import report
 
@@ -69,11 +70,7 @@ def measure(
       UsageError: the batch does not divide by the devices.
     """
     size = config.train.batch_size
-    if size % mesh.size:
-        raise UsageError(
-            f"got --train.batch_size={size} for {mesh.size} devices; wanted a multiple of "
-            f"{mesh.size}"
-        )
+    require_even("train.batch_size", size, mesh.size)
     arrays = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
         for name, (shape, dtype) in {**batch, "mask": ((size,), np.float32)}.items()

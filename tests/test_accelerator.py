@@ -77,6 +77,11 @@ def on(place, function, *operands):
     return jax.device_get(jax.jit(function)(*jax.device_put(operands, place)))
 
 
+def on_both(device, function, *operands):
+    """What it gives there, and on the CPU."""
+    return [on(place, function, *operands) for place in (device, jax.devices("cpu")[0])]
+
+
 def assert_near(found, wanted, rtol):
     """Every leaf, by its norm."""
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
@@ -122,7 +127,7 @@ def test_every_problem_is_solved_as_on_the_cpu(device, solver, dtype):
                 return deq.fixed_point(f, params, z0, x, solver=method)
 
             parts = (problem.params, problem.z0, problem.x)
-            there, here = (on(d, solve, *parts) for d in (device, jax.devices("cpu")[0]))
+            there, here = on_both(device, solve, *parts)
             done = there.stats.converged & here.stats.converged
             np.testing.assert_array_equal(there.stats.converged, here.stats.converged)
             allowed = 1e-4 if dtype == "float32" else 1e-8
@@ -136,7 +141,7 @@ def test_every_rule_gives_the_gradient_of_the_cpu(device, rule):
     def run(*parts):
         return jax.grad(partial(loss, rule), (0, 2), has_aux=True)(*parts)[0]
 
-    assert_near(*(on(d, run, *operands()) for d in (device, jax.devices("cpu")[0])), 1e-4)
+    assert_near(*on_both(device, run, *operands()), 1e-4)
 
 
 @pytest.mark.parametrize("rule", ["implicit", "forward", "backprop"])
@@ -147,14 +152,14 @@ def test_second_derivatives_are_those_of_the_cpu(device, rule):
 
         return jax.grad(squared)(x)
 
-    assert_near(*(on(d, run, *operands()) for d in (device, jax.devices("cpu")[0])), 1e-3)
+    assert_near(*on_both(device, run, *operands()), 1e-3)
 
 
 def test_forward_mode_gives_the_derivative_of_the_cpu(device):
     def run(params, z0, x):
         return jax.jvp(lambda x: loss("forward", params, z0, x)[0], (x,), (jnp.ones_like(x),))
 
-    assert_near(*(on(d, run, *operands()) for d in (device, jax.devices("cpu")[0])), 1e-4)
+    assert_near(*on_both(device, run, *operands()), 1e-4)
 
 
 def test_without_jit_as_with_it(device):
@@ -176,7 +181,7 @@ def test_penalty_and_radius_are_those_of_the_cpu(device):
         radius = deq.spectral_radius(cell, params, sol.value, x, key=jax.random.key(4))
         return jax.value_and_grad(penalty)(params), radius
 
-    assert_near(*(on(d, run, *operands()) for d in (device, jax.devices("cpu")[0])), 1e-3)
+    assert_near(*on_both(device, run, *operands()), 1e-3)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -246,7 +251,6 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(device, tmp_p
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_exclude_nondeterministic_ops=true"
     environment = os.environ | {
         "XLA_FLAGS": flags,
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
 

@@ -219,10 +219,13 @@ def states_of(rule, steps):
 
 
 def test_backprop_stores_one_iterate_a_step_and_with_segments_the_square_root():
-    few, many = (states_of(deq.Backprop(), steps) for steps in (16, 64))
-    assert abs(many - few - (64 - 16)) < 4
-    few, many = (states_of(deq.Backprop(segments=n), n * n) for n in (4, 8))
-    assert many - few < 2 * (8 - 4) + 4
+    extra = states_of(deq.Backprop(), 4) - 4
+    # jaxlib 0.10 copies the weights for every loop: once in extra, and once more with segments.
+    copied = D // B if version("jaxlib").startswith("0.10.") else 0
+    for steps in (16, 64):
+        assert abs(states_of(deq.Backprop(), steps) - steps - extra) < 4
+        segments = states_of(deq.Backprop(segments=round(steps**0.5)), steps)
+        assert segments < 2 * steps**0.5 + extra + copied + 4
 
 
 def test_the_memory_of_reversible_is_flat():

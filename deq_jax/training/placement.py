@@ -41,6 +41,26 @@ def pad(batch: Batch, multiple: int) -> Batch:
     return {name: filled(name, array) for name, array in batch.items()}
 
 
+def require_even(name: str, size: int, devices: int) -> None:
+    """Refuses a batch that cannot be split over the devices, before anything is built.
+
+    Args:
+      name: of the flag that says the size.
+      size: examples in the batch, over all devices.
+      devices: how many.
+
+    Raises:
+      UsageError: ``size`` is not a multiple of ``devices``.
+
+    Example:
+      >>> require_even("train.batch_size", 16, 2)
+    """
+    if size % devices:
+        raise UsageError(
+            f"got --{name}={size} for {devices} devices; wanted a multiple of {devices}"
+        )
+
+
 def place(batch: Batch, mesh: Mesh) -> dict[str, Any]:
     """Splits every array of a batch over the "data" axis of the mesh.
 

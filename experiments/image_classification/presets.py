@@ -174,7 +174,9 @@ CIFAR_SMALL = ImageConfig(
     **trunk.broyden(8, 7, "rel"),
     jac=JacConfig(gamma=1.0, prob=0.25, probes=1, budget_low=-2, budget_on="all"),
     optim=dataclasses.replace(CIFAR_ADAM, clip=1.0),
-    train=dataclasses.replace(schedule(15, CIFAR_EXAMPLES, 96), eval_every=5 * 520),
+    train=dataclasses.replace(
+        schedule(15, CIFAR_EXAMPLES, 96), eval_every=5 * (CIFAR_EXAMPLES // 96)
+    ),
     eval=EvalConfig(
         max_steps=30, budgets=(1, 2, 3, 4, 6, 8, 12, 18), spectral_batches=1, spectral_iters=60
     ),

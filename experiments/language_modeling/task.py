@@ -17,6 +17,7 @@ from deq_jax.models.transformer import DEQTransformer, ExplicitTransformer
 from deq_jax.models.transformer_cell import Memory, TransformerCell
 from deq_jax.training import Batch, Mean, Output, UsageError, metrics
 from deq_jax.training.parallel import make_fixed_point, sharded_map
+from deq_jax.training.placement import require_even
 from deq_jax.training.task import CARRY
 from experiments.language_modeling.config import LanguageConfig
 
@@ -47,10 +48,7 @@ class LanguageTask:
             "data.eval_batch_size": config.data.eval_batch_size,
         }
         for name, size in sizes.items():
-            if size % devices:
-                raise UsageError(
-                    f"got --{name}={size} for {devices} devices; wanted a multiple of {devices}"
-                )
+            require_even(name, size, devices)
         self._config = config
         self.model = build_model(config, mesh, words)
 

@@ -61,13 +61,7 @@ def build_data(config: SegmentationConfig) -> Sets:
       UsageError: it does not fit the model or the number of processes; a record cannot be read,
         which the batches also raise.
     """
-    data, processes = config.data, jax.process_count()
-    classes = CLASSES[data.name]
-    if len(classes.names) != config.model.classes:
-        raise UsageError(
-            f"{data.name} has {len(classes.names)} classes; set model.classes, which is "
-            f"{config.model.classes}"
-        )
+    data, processes, classes = config.data, jax.process_count(), choose_classes(config)
     train, test = (open_set(config, split) for split in (data.train_split, data.eval_split))
     frame = Reader(test, on_corrupt=data.on_corrupt).first()["label"]
     try:
@@ -108,6 +102,27 @@ def build_data(config: SegmentationConfig) -> Sets:
         classes=classes,
         weights=choose_weights(config, classes, train),
     )
+
+
+def choose_classes(config: SegmentationConfig) -> Classes:
+    """The classes of the set.
+
+    Args:
+      config: data.name and model.classes are read.
+
+    Returns:
+      Names and colours.
+
+    Raises:
+      UsageError: the model has another number of them.
+    """
+    classes = CLASSES[config.data.name]
+    if len(classes.names) != config.model.classes:
+        raise UsageError(
+            f"{config.data.name} has {len(classes.names)} classes; set model.classes, which is "
+            f"{config.model.classes}"
+        )
+    return classes
 
 
 def shapes(config: SegmentationConfig) -> dict[str, tuple[tuple[int, ...], Any]]:

@@ -28,7 +28,7 @@ from experiments.variants import parts, train_all
 
 def run(config: SegmentationConfig) -> dict[str, report.Trained]:
     """Trains "no_jr" and "jr" for a comparison, else "model"; writes the report."""
-    mesh, names = make_mesh(), data.CLASSES[config.data.name].names
+    mesh, names = make_mesh(), data.choose_classes(config).names
     make_task = partial(SegmentationTask, mesh=mesh, names=names)
     if config.dry_run:
         equal = partial(make_task, weights=np.ones(len(names)))
