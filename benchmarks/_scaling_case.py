@@ -259,7 +259,7 @@ def measure(case: Case, repeats: int) -> list[dict]:
     jax.config.update("jax_num_cpu_devices", case.devices)
     from benchmarks._scaling_program import collectives, summary
     from deq_jax.training.parallel import make_mesh
-    from deq_jax.training.placement import place
+    from deq_jax.training.parallel import place
 
     mesh, config = make_mesh(), configure(case)
     stream = (place(batch, mesh) for batch in batches(case, config))

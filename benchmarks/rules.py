@@ -108,7 +108,7 @@ def measure_steps(rules: list[str], repeats: int) -> dict[str, dict]:
     from benchmarks._case import times_ms
     from deq_jax.training.optim import make_optimizer
     from deq_jax.training.parallel import make_mesh
-    from deq_jax.training.placement import place
+    from deq_jax.training.parallel import place
     from deq_jax.training.state import create_state
     from deq_jax.training.step import make_train_step
     from experiments.image_classification.data import build_data

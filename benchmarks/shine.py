@@ -26,7 +26,7 @@ from deq_jax.solvers.loop import Settings, iterate
 from deq_jax.training import weights
 from deq_jax.training.optim import make_optimizer
 from deq_jax.training.parallel import make_mesh
-from deq_jax.training.placement import place
+from deq_jax.training.parallel import place
 from deq_jax.training.state import create_state
 
 TOLERANCE, MOST = 1e-3, 40

@@ -25,7 +25,7 @@ from deq_jax import testing
 from deq_jax.models.convolution import conv2d
 from deq_jax.training import make_train_step, metrics, parallel
 from deq_jax.training.checkpoint import read, saved_steps
-from deq_jax.training.placement import place
+from deq_jax.training.parallel import place
 from deq_jax.training.precision import in_bfloat16
 from deq_jax.training.state import create_state
 from experiments.image_classification import data as image_data

@@ -30,7 +30,7 @@ from deq_jax.training import (
 )
 from deq_jax.training.evaluation import Evaluator
 from deq_jax.training.optim import make_optimizer
-from deq_jax.training.placement import pad, place
+from deq_jax.training.parallel import pad, place
 from deq_jax.training.precision import InBfloat16, in_bfloat16
 from deq_jax.training.state import TrainState, abstract_state, create_state
 from deq_jax.training.step import make_update

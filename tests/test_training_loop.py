@@ -29,7 +29,7 @@ from deq_jax.training import (
 )
 from deq_jax.training.evaluation import make_eval_step
 from deq_jax.training.optim import make_optimizer
-from deq_jax.training.placement import place
+from deq_jax.training.parallel import place
 from deq_jax.training.state import create_state
 
 TINY = example.PRESETS["tiny"]

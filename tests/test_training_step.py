@@ -24,7 +24,7 @@ from deq_jax.training import (
     regularize,
 )
 from deq_jax.training.optim import make_optimizer
-from deq_jax.training.placement import place
+from deq_jax.training.parallel import place
 from deq_jax.training.state import create_state, split_seed
 from deq_jax.training.step import forward_metrics, make_update
 

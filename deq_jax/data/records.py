@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import operator
 import re
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
+
+from deq_jax.errors import UsageError
 
 Record = Mapping[str, Any]
 """One example: name -> number or numpy array."""
@@ -29,7 +32,7 @@ _LONGEST = 200  # characters of a reason
 _told: set[tuple[str | int, int]] = set()
 
 
-class CorruptRecord(ValueError):  # noqa: N818 - named after what was found
+class CorruptRecord(UsageError):  # noqa: N818 - named after what was found
     """A record cannot be read, decoded, augmented or transformed; the message says which and why.
 
     Example:
@@ -279,3 +282,35 @@ def _reason(error: Exception) -> str:
     text = re.sub(r" at 0x[0-9a-f]+>", ">", " ".join(str(error).split()))
     text = text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Readable:
+    """A source that gives the next example in the place of one that cannot be read.
+
+    Attributes:
+      source: the examples.
+      on_corrupt: "stop" raises `CorruptRecord` instead.
+
+    Example:
+      >>> from deq_jax.data.sources import Fields
+      >>> broken = Fields([{"x": 0}, {}, {"x": 2}], {"x": "x"})
+      >>> Readable(broken, "skip")[1]
+      {'x': 2}
+    """
+
+    source: Source
+    on_corrupt: OnCorrupt
+
+    def __len__(self) -> int:
+        """Number of examples, those included that cannot be read."""
+        return len(self.source)
+
+    def __getitem__(self, index: Any) -> Record:
+        """The example at a place, or the next one that can be read."""
+        reader = Reader(self.source, on_corrupt=self.on_corrupt)
+        for place in range(index, len(self)):
+            record = reader.one(place)
+            if not isinstance(record, Unreadable):
+                return record
+        return reader.first()

@@ -7,7 +7,7 @@ from deq_jax.models.mdeq_cell import MDEQCell
 from deq_jax.models.mlp import MLPDEQ, DenseCell, ScalarDEQ, ToyCell
 from deq_jax.models.resnet import ResNet
 from deq_jax.models.softmax import linear_nll
-from deq_jax.models.transformer import DEQTransformer, ExplicitTransformer, Reading
+from deq_jax.models.transformer import DEQTransformer, ExplicitTransformer
 from deq_jax.models.transformer_cell import Injection, Memory, TransformerCell, positions
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "Injection",
     "MDEQCell",
     "Memory",
-    "Reading",
     "ResNet",
     "ScalarDEQ",
     "SegmentationHead",

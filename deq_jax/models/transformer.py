@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -28,19 +27,6 @@ from deq_jax.models.embeddings import AdaptiveEmbedding
 from deq_jax.models.layers import NORMAL
 from deq_jax.models.transformer_cell import Injection, Memory, TransformerCell, positions
 from deq_jax.solvers import Keep, Solution, Solver
-
-
-@flax.struct.dataclass
-class Reading:
-    """What a pass over one segment leaves besides its output.
-
-    Attributes:
-      memory: for the next segment.
-      solution: of the solve; None of an explicit network.
-    """
-
-    memory: Memory
-    solution: Solution | None
 
 
 class _LanguageModel(nn.Module):
@@ -85,34 +71,6 @@ class _LanguageModel(nn.Module):
             filled=jnp.zeros(batch, jnp.int32),
         )
 
-    def __call__(
-        self,
-        words: jax.Array,
-        targets: jax.Array,
-        memory: Memory,
-        *,
-        train: bool,
-        max_steps: int | jax.Array | None = None,
-        probe: BackwardStats | None = None,
-    ) -> tuple[jax.Array, Reading]:
-        """Reads one segment of every stream and scores the words that follow.
-
-        Args:
-          words: int [B, T].
-          targets: int [B, T], the word after each.
-          memory: what the segments before have left; its length may differ from `memory`.
-          train: whether dropout masks are drawn (stream "dropout").
-          max_steps: budget of the solve; None for the solver's.
-          probe: see `deq.backward_probe`.
-
-        Returns:
-          Negative log-likelihood of the targets, float [B, T], and what the pass leaves.
-        """
-        z, reading = self._read(words, memory, train, max_steps, probe)
-        if train and self.dropout > 0:
-            z = z * self._mask(z)
-        return self.vocab.nll(z, targets), reading
-
     def next_word(
         self, words: jax.Array, memory: Memory, *, max_steps: int | jax.Array | None = None
     ) -> tuple[jax.Array, Memory]:
@@ -126,12 +84,27 @@ class _LanguageModel(nn.Module):
         Returns:
           Log-probabilities of the next word, float [B, V], and the memory after the segment.
         """
-        z, reading = self._read(words, memory, False, max_steps, None)
-        return self.vocab.log_probs(z[:, -1]), reading.memory
+        z, memory, _ = self._read(words, memory, False, max_steps, None)
+        return self.vocab.log_probs(z[:, -1]), memory
+
+    def _score(
+        self,
+        words: jax.Array,
+        targets: jax.Array,
+        memory: Memory,
+        train: bool,
+        max_steps: Any = None,
+        probe: Any = None,
+    ) -> tuple[tuple[jax.Array, Memory], Solution | None]:
+        z, memory, solution = self._read(words, memory, train, max_steps, probe)
+        if train and self.dropout > 0:
+            z = z * self._mask(z)
+        return (self.vocab.nll(z, targets), memory), solution
 
     def _read(
         self, words: jax.Array, memory: Memory, train: bool, max_steps: Any, probe: Any
-    ) -> tuple[jax.Array, Reading]:
+    ) -> tuple[jax.Array, Memory, Solution | None]:
+        """States [B, T, C], the memory after the segment, and the solution of a solve."""
         embedded = self.vocab(words)
         distances = positions(
             words.shape[1] + memory.u.shape[1], self.cell.features, embedded.dtype
@@ -147,7 +120,7 @@ class _LanguageModel(nn.Module):
             u=_shift(memory.u, lax.stop_gradient(u_kv)),
             filled=jnp.minimum(memory.filled + words.shape[1], memory.u.shape[1]),
         )
-        return z, Reading(memory=after, solution=solution)
+        return z, after, solution
 
     def _mask(self, a: jax.Array) -> jax.Array:
         """One mask for all positions."""
@@ -188,8 +161,8 @@ class DEQTransformer(_LanguageModel):
       >>> words, memory = jnp.ones((2, 3), jnp.int32), model.empty_memory(2)
       >>> init = jax.jit(lambda key: model.init(key, words, words, memory, train=False))
       >>> apply = jax.jit(lambda v: model.apply(v, words, words, memory, train=False))
-      >>> nll, reading = apply(init(jax.random.key(0)))
-      >>> nll.shape, reading.memory.filled.tolist()
+      >>> (nll, memory), solution = apply(init(jax.random.key(0)))
+      >>> nll.shape, memory.filled.tolist()
       ((2, 3), [3, 3])
     """
 
@@ -209,6 +182,34 @@ class DEQTransformer(_LanguageModel):
             reparam=self.reparam,
             fixed_point=self.fixed_point,
         )
+
+    def __call__(
+        self,
+        words: jax.Array,
+        targets: jax.Array,
+        memory: Memory,
+        *,
+        train: bool,
+        max_steps: int | jax.Array | None = None,
+        probe: BackwardStats | None = None,
+    ) -> tuple[tuple[jax.Array, Memory], Solution]:
+        """Reads one segment of every stream and scores the words that follow.
+
+        Args:
+          words: int [B, T].
+          targets: int [B, T], the word after each.
+          memory: what the segments before have left; its length may differ from `memory`.
+          train: whether dropout masks are drawn (stream "dropout").
+          max_steps: budget of the solve; None for the solver's.
+          probe: see `deq.backward_probe`.
+
+        Returns:
+          ``(nll, memory), solution``: negative log-likelihood of the targets, float [B, T]; the
+          memory after the segment; the solution of the solve.
+        """
+        output, solution = self._score(words, targets, memory, train, max_steps, probe)
+        assert solution is not None
+        return output, solution
 
     def _states(
         self, x: Injection, train: bool, max_steps: Any, probe: Any
@@ -243,8 +244,8 @@ class ExplicitTransformer(_LanguageModel):
       >>> words, memory = jnp.ones((2, 3), jnp.int32), model.empty_memory(2)
       >>> init = jax.jit(lambda key: model.init(key, words, words, memory, train=False))
       >>> apply = jax.jit(lambda v: model.apply(v, words, words, memory, train=False))
-      >>> nll, reading = apply(init(jax.random.key(0)))
-      >>> nll.shape, reading.memory.z.shape
+      >>> nll, memory = apply(init(jax.random.key(0)))
+      >>> nll.shape, memory.z.shape
       ((2, 3), (2, 3, 4, 8))
     """
 
@@ -270,6 +271,22 @@ class ExplicitTransformer(_LanguageModel):
             return one(key) if self.tied else jax.vmap(one)(jax.random.split(key, self.layers))
 
         self.stack = self.param("stack", draw)
+
+    def __call__(
+        self, words: jax.Array, targets: jax.Array, memory: Memory, *, train: bool
+    ) -> tuple[jax.Array, Memory]:
+        """Reads one segment of every stream and scores the words that follow.
+
+        Args:
+          words: int [B, T].
+          targets: int [B, T], the word after each.
+          memory: what the segments before have left; its length may differ from `memory`.
+          train: whether dropout masks are drawn (stream "dropout").
+
+        Returns:
+          Negative log-likelihood of the targets, float [B, T], and the memory after the segment.
+        """
+        return self._score(words, targets, memory, train)[0]
 
     def _layers(self) -> tuple[int, ...]:
         return (self.layers,)

@@ -1,5 +1,6 @@
 """Training shared by all experiments: flags, configuration, step, loop, checkpoints, metrics."""
 
+from deq_jax.errors import Diverged, Interrupted, UsageError
 from deq_jax.training.config import (
     BackwardConfig,
     Config,
@@ -11,13 +12,12 @@ from deq_jax.training.config import (
     option,
     require,
 )
-from deq_jax.training.errors import Diverged, Interrupted, UsageError
 from deq_jax.training.evaluation import Evaluator, evaluate
-from deq_jax.training.loop import TrainResult, train
+from deq_jax.training.loop import TrainResult, Writer, train
 from deq_jax.training.metrics import Mean
 from deq_jax.training.state import TrainState
 from deq_jax.training.step import make_train_step
-from deq_jax.training.task import Batch, DataIterator, EvalData, Output, Task
+from deq_jax.training.task import Batch, DataIterator, EvalData, Pass, Task
 from deq_jax.training.writers import read_history
 
 __all__ = [
@@ -33,13 +33,14 @@ __all__ = [
     "JacConfig",
     "Mean",
     "OptimConfig",
-    "Output",
+    "Pass",
     "SolverConfig",
     "Task",
     "TrainConfig",
     "TrainResult",
     "TrainState",
     "UsageError",
+    "Writer",
     "evaluate",
     "make_train_step",
     "option",

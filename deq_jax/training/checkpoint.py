@@ -16,8 +16,8 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from deq_jax.errors import UsageError
 from deq_jax.training import distributed
-from deq_jax.training.errors import UsageError
 from deq_jax.training.state import TrainState
 
 _UNFINISHED = ".orbax-checkpoint-tmp"

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, TypeVar, get_args
+import re
+from typing import Any, Literal, get_args
 
 import deq_jax as deq
 from deq_jax.solvers.base import Keep, StopMode
 
-ModelT = TypeVar("ModelT")
 SolverName = Literal["picard", "anderson", "broyden"]
 RuleName = Literal["implicit", "neumann", "unroll", "backprop", "reversible", "shine"]
 
@@ -291,7 +291,9 @@ class EvalConfig:
     max_steps: int | None = option(
         None, "solver budget; none for solver.max_steps", may_change=True
     )
-    budgets: tuple[int, ...] = option((), "further budgets to evaluate at", may_change=True)
+    budgets: tuple[int, ...] = option(
+        (), "further budgets to evaluate at after the last step", may_change=True
+    )
     spectral_batches: int = option(
         0, "batches on which spectral radius and penalty are measured; 0 for none", may_change=True
     )
@@ -327,6 +329,11 @@ class Config:
         "needs no data, writes nothing",
         may_change=True,
     )  # fmt: skip
+    profile: str = option(
+        "", "START:COUNT traces so many steps, the first one after START finished steps, into the "
+        "folder profile of the workdir, for TensorBoard's profile page; empty for none",
+        may_change=True,
+    )  # fmt: skip
     accumulate: int = option(
         1, "parts that a training batch is computed in, one after the other, for one update"
     )
@@ -347,6 +354,12 @@ class Config:
 
     def __post_init__(self) -> None:
         require(bool(self.workdir), "workdir", "the name of a folder", self.workdir)
+        require(
+            re.fullmatch(r"(\d+:[1-9]\d*)?", self.profile) is not None,
+            "profile",
+            "START:COUNT, for instance 10:5, or empty",
+            self.profile,
+        )
         require(self.accumulate >= 1, "accumulate", "at least 1", self.accumulate)
         if self.shard_above is not None:
             require(self.shard_above >= 1, "shard_above", "at least 1, or none", self.shard_above)
@@ -357,6 +370,12 @@ class Config:
             self.jac.budget_low,
         )
         self.backward.build_adjoint().check(self.solver.build(), self.solver.keep)
+
+    @property
+    def profiled_steps(self) -> tuple[int, int]:
+        """The first step that `profile` traces, and the first one after them."""
+        start, count = map(int, (self.profile or "0:0").split(":"))
+        return start, start + count
 
     @property
     def eval_steps(self) -> int:
@@ -396,29 +415,3 @@ class Config:
           50
         """
         return self.solver.build(max(self.eval_budgets))
-
-    def in_phase(self, model: ModelT, *, train: bool, warmup: bool) -> ModelT:
-        """Wires a model for one phase: training, its warm-up, or evaluation.
-
-        Args:
-          model: a Linen module with the attributes ``solver`` and ``adjoint``, as `build_solver`
-            wires it; one without ``solver`` (an explicit network) is returned as it is.
-          train: whether the pass is one of training.
-          warmup: whether it belongs to the warm-up, which trains the weight-tied unrolled network.
-
-        Returns:
-          The model with the solver of evaluation, or with ``Unroll(train.warmup_layers)``.
-
-        Example:
-          >>> from deq_jax.models import ScalarDEQ
-          >>> config = Config(eval=EvalConfig(budgets=(50,)))
-          >>> model = ScalarDEQ(solver=config.build_solver())
-          >>> config.in_phase(model, train=False, warmup=False).solver.max_steps
-          50
-        """
-        own: Any = model
-        if not hasattr(own, "solver"):
-            return model
-        if warmup:
-            return own.clone(adjoint=deq.Unroll(self.train.warmup_layers))
-        return model if train else own.clone(solver=self.build_eval_solver())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 from collections.abc import Mapping
 
@@ -75,8 +76,10 @@ class Console:
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(words))
         else:
-            if "steps_per_second" in values:
-                words.append(f"{values['steps_per_second']:.2f} steps/s")
+            if speed := values.get("steps_per_second"):
+                words.append(f"{speed:.2f} steps/s")
+                left = datetime.timedelta(seconds=round((self._total - step) / speed))
+                words.append(f"eta {left}")
             self.say(f"step {step}/{self._total}  {'  '.join(words)}")
 
     def show_evaluation(self, step: int, budget: int, values: Mapping[str, float]) -> None:

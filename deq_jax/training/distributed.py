@@ -1,31 +1,50 @@
-"""Many processes as one run: joining, agreeing, and noticing when one of them is gone.
+"""Many processes as one run: joining, agreeing, stopping, and noticing when one of them is gone.
 
-Within one process, every function here returns at once and communicates with nobody.
+Within one process, the functions here return at once and communicate with nobody.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
-from typing import Any
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from deq_jax.training.errors import UsageError
-from deq_jax.training.watch import Watch
+from deq_jax.errors import UsageError
+from deq_jax.training.parallel import batch_sharding, replicated
 
 _HEARTBEAT = 30
-"""Seconds of silence after which JAX takes a process for dead, where `Watch` has not noticed."""
+"""Seconds of silence after which JAX takes a process for dead, if `PeerMonitor` missed its end."""
+
+_BYE, _FAILED = b".", b"!"
+_TOKEN = 32
+_GRACE = 0.7
+"""Seconds in which the others may fail for the same reason, and say so in their own words."""
+
+EXIT_CODE = 75
+"""Exit code of a process that another has left alone: EX_TEMPFAIL, "try again"."""
 
 
 def initialize(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-) -> Watch | None:
+) -> PeerMonitor | None:
     """Joins the other processes of the run; to be called before anything asks for a device.
 
     Without arguments it looks into the environment: SLURM (``srun``), Open MPI (``mpirun``), a TPU
@@ -39,7 +58,7 @@ def initialize(
       process_id: which of them this is, from 0.
 
     Returns:
-      The `Watch` that ends this process when another is gone; None of a single process.
+      The `PeerMonitor` that ends this process when another is gone; None of a single process.
 
     Raises:
       UsageError: the three do not go together, or the others cannot be reached.
@@ -62,7 +81,7 @@ def initialize(
         ) from error
     if jax.process_count() == 1:
         return None
-    return Watch(jax.process_index(), jax.process_count(), _exchange)
+    return PeerMonitor(jax.process_index(), jax.process_count(), _exchange)
 
 
 def is_announced(environment: Mapping[str, str]) -> bool:
@@ -166,6 +185,200 @@ def fetch(tree: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+class StopRequest:
+    """While entered, remembers the first SIGTERM or SIGINT instead of dying from it.
+
+    A second signal acts as if nobody listened, for the impatient.  Outside the main thread (a
+    notebook's worker, for instance), where Python allows no handlers, it never fires.
+
+    Attributes:
+      number: the signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        """Listens to nothing yet."""
+        self.number: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        """Begins to listen."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Puts the previous handlers back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        self.number = number
+        self.__exit__()
+
+
+class PreemptionSync:
+    """Makes all processes obey a signal that some of them received, after the same step.
+
+    Every step adds a reduction of one number to what the devices have to do, whose outcome is read
+    when it is there anyway: nobody waits for it.
+    """
+
+    def __init__(self, mesh: Mesh, delay: int) -> None:
+        """Prepares the reduction.
+
+        Args:
+          mesh: devices of all processes.
+          delay: after how many more votes an outcome is read.
+        """
+        self._delay, self._running = delay, deque[jax.Array]()
+        self._split, self._size = batch_sharding(mesh), mesh.local_mesh.size
+        self._reduce = jax.jit(jnp.max, out_shardings=replicated(mesh))
+
+    def poll(self, number: int | None) -> int:
+        """Votes, and reads an earlier outcome; to be called once a step by every process.
+
+        Args:
+          number: the signal that came to this process, or None.
+
+        Returns:
+          The signal that all obey now, 0 for none.
+        """
+        if jax.process_count() == 1:
+            return number or 0
+        own = np.full(self._size, number or 0, np.int32)
+        votes = jax.make_array_from_process_local_data(self._split, own)
+        self._running.append(self._reduce(votes))
+        if len(self._running) <= self._delay:
+            return 0
+        return int(self._running.popleft())
+
+
+class PeerMonitor:
+    """Connections between process 0 and all others.
+
+    Where none can be made (a firewall), nothing is watched and JAX's heartbeat has to do.
+    """
+
+    def __init__(self, index: int, count: int, exchange: Callable[[str], list[str]]) -> None:
+        """Connects.
+
+        Args:
+          index: number of this process.
+          count: of processes.
+          exchange: given a text, returns those of all processes, in order.
+        """
+        self._closing, self._gone = False, threading.Event()
+        self._sockets: dict[int, socket.socket] = {}
+        self._server = None
+        if index == 0:
+            self._server = socket.create_server(("", 0), backlog=count)
+            self._server.settimeout(10)
+            # Whoever else finds the port does not know the token, and is not listened to.
+            token = secrets.token_hex(_TOKEN // 2)
+            exchange(f"{_address()}:{self._server.getsockname()[1]}:{token}")
+            arguments = (token.encode(), count - 1)
+            threading.Thread(target=self._welcome, args=arguments, daemon=True).start()
+        else:
+            host, port, token = exchange("")[0].rsplit(":", 2)
+            try:
+                connection = socket.create_connection((host, int(port)), timeout=10)
+                connection.sendall(token.encode() + index.to_bytes(4))
+            except OSError:
+                return
+            self._listen(0, connection)
+
+    def close(self) -> None:
+        """Says goodbye: from now on the others may go."""
+        self._closing = True
+        self._tell(_BYE)
+
+    def fail(self, message: str) -> NoReturn:
+        """Ends this process for a reason that the others may share, and them if they do not.
+
+        Args:
+          message: shown on stderr.
+        """
+        self._closing = True
+        sys.stderr.write(f"error: {message}\n")
+        self._tell(_FAILED)
+        # Without process 0, to which JAX too is connected, the others would be aborted.
+        time.sleep(_GRACE if self._server is None else 3 * _GRACE)
+        _leave(1)
+
+    def is_alone(self) -> bool:
+        """Tells whether an error of communication has its cause in another process's end."""
+        return self._gone.wait(_GRACE)
+
+    def _tell(self, word: bytes) -> None:
+        for connection in self._sockets.values():
+            with contextlib.suppress(OSError):
+                connection.sendall(word)
+
+    def _welcome(self, token: bytes, others: int) -> None:
+        assert self._server is not None
+        while len(self._sockets) < others:
+            try:
+                connection, _ = self._server.accept()
+            except OSError:  # nobody has come for a while
+                return
+            connection.settimeout(5)
+            try:
+                greeting = connection.recv(_TOKEN + 4, socket.MSG_WAITALL)
+            except OSError:
+                greeting = b""
+            if greeting[:_TOKEN] == token:
+                self._listen(int.from_bytes(greeting[_TOKEN:]), connection)
+            else:
+                connection.close()
+
+    def _listen(self, number: int, connection: socket.socket) -> None:
+        connection.settimeout(None)
+        self._sockets[number] = connection
+        threading.Thread(target=self._wait, args=(number, connection), daemon=True).start()
+
+    def _wait(self, number: int, connection: socket.socket) -> None:
+        try:
+            last = connection.recv(1)
+        except OSError:
+            last = b""
+        if last == _BYE or self._closing:
+            return
+        self._gone.set()
+        if last == _FAILED:
+            time.sleep(_GRACE)
+            if number:
+                with contextlib.suppress(OSError):
+                    connection.settimeout(10 * _GRACE)
+                    connection.recv(1)  # returns when the other has ended
+        if not self._closing:
+            # A process that lost another goes too, which is all that the rest of them see.
+            who = f"process {number}" if number else "process 0, or one that it waited for,"
+            sys.stderr.write(
+                f"error: {who} is gone; this one cannot go on without it.  Run the same command "
+                "again in all processes to resume from the newest checkpoint\n"
+            )
+            _leave(EXIT_CODE)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends this process at once: what is still to be done would wait for the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _address() -> str:
+    """The address by which other machines reach this one; loopback where there is no network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # a documentation address; nothing is sent
+            return probe.getsockname()[0]
+        except OSError:
+            return "127.0.0.1"
 
 
 def _arguments(

@@ -7,11 +7,13 @@ the empty tuple), and each of these `| None` (written `none`).
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 import traceback
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 import jax
@@ -19,9 +21,9 @@ from absl import app
 from absl import flags as absl_flags
 from absl import logging as absl_logging
 
+from deq_jax.errors import Interrupted, UsageError
 from deq_jax.training import distributed, fields
-from deq_jax.training.errors import Interrupted, UsageError
-from deq_jax.training.watch import Watch
+from deq_jax.training.distributed import PeerMonitor
 
 ConfigT = TypeVar("ConfigT")
 
@@ -63,91 +65,106 @@ def run(main: Callable[[ConfigT], object], presets: Mapping[str, ConfigT], *, de
     """
     values = absl_flags.FLAGS
     try:
-        preset = find_preset(presets, default, sys.argv, values)
-        define(preset, presets, values)
+        preset, config = find_defaults(presets, default, sys.argv, values)
+        define(preset, config, presets, values)
     except UsageError as error:
         _fail(str(error))
 
     def parse(argv: Sequence[str]) -> Any:
         try:
-            return parse_config(presets[preset], argv, values)
+            return parse_config(config, argv, values)
         except UsageError as error:
             _fail(f"{error}\n(--helpshort lists all flags)")
 
     def guarded(config: Any) -> None:
         if not values["verbosity"].present:
             absl_logging.set_verbosity(absl_logging.WARNING)  # JAX tells of every absent backend
-        watch = None
+        monitor = None
         try:
-            watch = distributed.initialize(*(values[name].value for name in _PROCESSES))
+            monitor = distributed.initialize(*(values[name].value for name in _PROCESSES))
             main(config)
         except Interrupted as request:
             sys.stderr.write(f"{request}\n" * distributed.is_first())
-            _end(watch)
+            _end(monitor)
             sys.exit(128 + request.signal_number)
         except Exception as error:
             if _is_said_in_words(error):
-                if watch is not None:  # the others wait for this one, which must not wait for them
-                    watch.fail(f"process {jax.process_index()}: {error}")
+                if (
+                    monitor is not None
+                ):  # the others wait for this one, which must not wait for them
+                    monitor.fail(f"process {jax.process_index()}: {error}")
                 _fail(str(error))
-            if watch is None:
+            if monitor is None:
                 raise
-            if isinstance(error, jax.errors.JaxRuntimeError) and watch.is_alone():
+            if isinstance(error, jax.errors.JaxRuntimeError) and monitor.is_alone():
                 time.sleep(10)  # it is being said, and this process ended
             traceback.print_exc()
-            watch.fail(f"process {jax.process_index()}: {type(error).__name__}")
-        _end(watch)
+            monitor.fail(f"process {jax.process_index()}: {type(error).__name__}")
+        _end(monitor)
 
+    jax.config.config_with_absl()  # JAX's own flags, such as --jax_debug_nans
     app.run(guarded, flags_parser=parse)
 
 
-def find_preset(
-    presets: Mapping[str, Any], default: str, argv: Sequence[str], values: absl_flags.FlagValues
-) -> str:
-    """Reads `--preset` before the other flags exist, whose defaults depend on it.
+def find_defaults(
+    presets: Mapping[str, ConfigT], default: str, argv: Sequence[str], values: absl_flags.FlagValues
+) -> tuple[str, ConfigT]:
+    """Reads `--preset` and `--config` before the other flags exist, whose defaults depend on them.
 
     Args:
       presets: name -> configuration.
-      default: the name to use when the flag is absent.
+      default: the name to use when both flags are absent.
       argv: the command line with the program's name.
       values: expands `--flagfile`.
 
     Returns:
-      A key of `presets`.
+      A key of `presets`, and the configuration: of that name, or read from the file of `--config`.
 
     Raises:
-      UsageError: there is no such preset.
+      UsageError: there is no such preset, or the file holds no configuration of this program.
 
     Example:
-      >>> find_preset({"a": 1, "b": 2}, "a", ["prog", "--preset=b"], absl_flags.FlagValues())
-      'b'
+      >>> find_defaults({"a": 1, "b": 2}, "a", ["prog", "--preset=b"], absl_flags.FlagValues())
+      ('b', 2)
     """
-    name = default
+    given = {"preset": default, "config": ""}
     args = values.read_flags_from_files(list(argv[1:]), force_gnu=False)
     for arg, following in zip(args, [*args, ""][1:], strict=True):
         key, equals, value = arg.partition("=")
         if arg == "--":
             break
-        if key in ("--preset", "-preset"):
-            name = value if equals else following
+        if (name := key.lstrip("-")) in given and key.startswith("-"):
+            given[name] = value if equals else following
+    name = given["preset"]
     if name not in presets:
         hint = fields.did_you_mean(name, presets)
         raise UsageError(f"unknown preset {name!r}; presets: {', '.join(presets)}{hint}")
-    return name
+    if not given["config"]:
+        return name, presets[name]
+    try:
+        tree = json.loads(Path(given["config"]).expanduser().read_text(encoding="utf-8"))
+        return name, fields.from_dict(presets[name], tree)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"got --config={given['config']}: {reason}; wanted the config.json of a run of this "
+            "program"
+        ) from error
 
 
-def define(preset: str, presets: Mapping[str, Any], values: absl_flags.FlagValues) -> None:
-    """Defines `--preset` and one flag for every field, with the preset's values as defaults.
+def define(preset: str, config: Any, names: Iterable[str], values: absl_flags.FlagValues) -> None:
+    """Defines `--preset`, `--config` and one flag for every field, with defaults from `config`.
 
     Args:
-      preset: a key of `presets`.
-      presets: name -> configuration.
+      preset: default of `--preset`.
+      config: from `find_defaults`.
+      names: of all presets.
       values: where the flags are defined.
 
     Example:
       >>> from deq_jax.training.config import Config
       >>> values = absl_flags.FlagValues()
-      >>> define("a", {"a": Config()}, values)
+      >>> define("a", Config(), ["a"], values)
       >>> values["solver.max_steps"].default
       30
     """
@@ -156,9 +173,11 @@ def define(preset: str, presets: Mapping[str, Any], values: absl_flags.FlagValue
         # The program's own name as module: --helpshort shows the flags of the main module only.
         absl_flags.DEFINE_flag(flag, values, module_name=sys.argv[0])
 
-    help_text = f"set of defaults for all other flags: {', '.join(presets)}"
+    help_text = f"set of defaults for all other flags: {', '.join(names)}"
     add(absl_flags.Flag(_Parser(str), _Serializer(), "preset", preset, help_text))
-    for leaf in fields.leaves(presets[preset]):
+    help_text = "file of defaults for all other flags: the config.json of a run"
+    add(absl_flags.Flag(_Parser(str), _Serializer(), "config", "", help_text))
+    for leaf in fields.leaves(config):
         if leaf.type is bool:
             add(absl_flags.BooleanFlag(leaf.name, leaf.value, leaf.description))
         else:
@@ -187,7 +206,7 @@ def parse_config(config: ConfigT, argv: Sequence[str], values: absl_flags.FlagVa
     Example:
       >>> from deq_jax.training.config import Config
       >>> values = absl_flags.FlagValues()
-      >>> define("a", {"a": Config()}, values)
+      >>> define("a", Config(), ["a"], values)
       >>> parse_config(Config(), ["prog", "--optim.lr=0.5"], values).optim.lr
       0.5
     """
@@ -195,7 +214,7 @@ def parse_config(config: ConfigT, argv: Sequence[str], values: absl_flags.FlagVa
     try:
         rest = values(list(argv))
     except absl_flags.UnrecognizedFlagError as error:
-        hint = fields.did_you_mean(error.flagname, [*names, *_PROCESSES, "preset"])
+        hint = fields.did_you_mean(error.flagname, [*names, *_PROCESSES, "preset", "config"])
         raise UsageError(f"unknown flag --{error.flagname}{hint}") from error
     except absl_flags.Error as error:
         raise UsageError(str(error)) from error
@@ -269,11 +288,11 @@ def _is_said_in_words(error: Exception) -> bool:
     return absent or isinstance(error, UsageError)
 
 
-def _end(watch: Watch | None) -> None:
+def _end(monitor: PeerMonitor | None) -> None:
     """The end of this process is no surprise to the others."""
-    if watch is not None:
+    if monitor is not None:
         distributed.barrier("end")
-        watch.close()
+        monitor.close()
 
 
 def _fail(message: str) -> NoReturn:

@@ -5,24 +5,24 @@ from __future__ import annotations
 import dataclasses
 import signal
 import time
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import jax
 import optax
 from jax.sharding import Mesh
 
+from deq_jax.errors import Diverged, Interrupted, UsageError
 from deq_jax.training import distributed, fields, metrics, weights, workdir
 from deq_jax.training.checkpoint import CheckpointError, Checkpoints
 from deq_jax.training.config import Config
 from deq_jax.training.console import Console
-from deq_jax.training.errors import Diverged, Interrupted, UsageError
-from deq_jax.training.evaluation import Evaluator, Summarize
+from deq_jax.training.distributed import PreemptionSync, StopRequest
+from deq_jax.training.evaluation import Evaluator
 from deq_jax.training.optim import make_optimizer
-from deq_jax.training.parallel import make_mesh
-from deq_jax.training.placement import place
-from deq_jax.training.signals import StopRequest, Votes
+from deq_jax.training.parallel import make_mesh, place, require_even
 from deq_jax.training.state import TrainState, abstract_state, create_state
 from deq_jax.training.step import make_train_step
 from deq_jax.training.task import DataIterator, EvalData, Task
@@ -31,6 +31,30 @@ from deq_jax.training.writers import MetricWriter, read_history
 # Steps that the host may be ahead of the devices: enough to keep them busy, few enough that a
 # request to stop is honoured soon and that batches do not pile up.
 _AHEAD = 2
+
+
+Evaluation = dict[int, dict[str, float]]
+"""budget -> metric -> number."""
+
+Callback = Callable[[int, TrainState, Evaluation | None], None]
+"""(finished steps, state, evaluation after this step or None) -> None."""
+
+
+class Writer(Protocol):
+    """Receives metrics: any object with this method."""
+
+    def write(
+        self, kind: str, step: int, values: Mapping[str, float], *, budget: int | None = None
+    ) -> None:
+        """Writes one set of metrics.
+
+        Args:
+          kind: "train" or "eval".
+          step: the number of finished steps.
+          values: metric -> number.
+          budget: of the solver, for an evaluation.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +80,9 @@ def train(
     eval_data: EvalData | None = None,
     *,
     mesh: Mesh | None = None,
-    summarize: Summarize = metrics.compute,
+    optimizer: optax.GradientTransformation | None = None,
+    writers: Iterable[Writer] = (),
+    callbacks: Iterable[Callback] = (),
 ) -> TrainResult:
     """Trains a task, or resumes it, in `config.workdir`.
 
@@ -69,7 +95,11 @@ def train(
       train_data: endless training batches, at the position of the first batch of the run.
       eval_data: called at every evaluation for the batches of one pass; None for no evaluation.
       mesh: devices, from `parallel.make_mesh`; None for all devices.
-      summarize: turns merged sums into the numbers that are written; the default divides them.
+      optimizer: replaces the one that `config.optim` describes; it applies its own learning rate,
+        and "lr" is not logged.
+      writers: receive all metrics beside metrics.jsonl and TensorBoard, in process 0.
+      callbacks: called after every training step, in all processes.  The state is donated to the
+        next step: copy what is to be kept.
 
     Returns:
       A `TrainResult`.
@@ -83,11 +113,20 @@ def train(
     Example:
       >>> result = train(task, config, train_data, eval_data)  # doctest: +SKIP
       >>> result.evaluation[config.eval_steps]["loss"]  # doctest: +SKIP
+
+      Metrics in Weights & Biases as well:
+
+      >>> class Wandb:
+      ...     def write(self, kind, step, values, *, budget=None):
+      ...         suffix = "" if budget is None else f"/budget_{budget}"
+      ...         wandb.log({f"{kind}/{k}{suffix}": v for k, v in values.items()}, step=step)
+      >>> train(task, config, train_data, eval_data, writers=[Wandb()])  # doctest: +SKIP
     """
     mesh = make_mesh() if mesh is None else mesh
+    require_even("train.batch_size", config.train.batch_size, mesh.size)
     evaluator = None
     if eval_data is not None:
-        evaluator = Evaluator(task, config, eval_data, mesh=mesh, summarize=summarize)
+        evaluator = Evaluator(task, config, eval_data, mesh=mesh)
     with (
         workdir.claimed(config) as folder,
         StopRequest() as stop,
@@ -100,9 +139,22 @@ def train(
         ) as checkpoints,
     ):
         run = _Run(
-            task, config, train_data, evaluator, mesh, folder, console, checkpoints, summarize
+            task,
+            config,
+            train_data,
+            evaluator,
+            mesh,
+            folder,
+            console,
+            checkpoints,
+            optimizer,
+            writers if distributed.is_first() else (),
+            callbacks,
         )
-        evaluation = run.to_the_end(stop)
+        try:
+            evaluation = run.to_the_end(stop)
+        finally:
+            run.profile.close(())
         distributed.barrier("trained")  # process 0 has written all that the others read now
         return TrainResult(run.state, evaluation, read_history(folder))
 
@@ -120,12 +172,16 @@ class _Run:
         folder: Path,
         console: Console,
         checkpoints: Checkpoints,
-        summarize: Summarize,
+        optimizer: optax.GradientTransformation | None,
+        writers: Iterable[Writer],
+        callbacks: Iterable[Callback],
     ) -> None:
         self.config, self.data, self.evaluator, self.mesh = config, train_data, evaluator, mesh
         self.folder, self.console, self.checkpoints = folder, console, checkpoints
-        self.summarize = summarize
-        optimizer = make_optimizer(config.optim, config.train.steps)
+        self.summarize, self.callbacks = task.summarize, tuple(callbacks)
+        self.hidden = () if optimizer is None else ("lr",)
+        if optimizer is None:
+            optimizer = make_optimizer(config.optim, config.train.steps)
         self.warmup_step = make_train_step(task, config, optimizer, mesh, warmup=True)
         self.train_step = make_train_step(task, config, optimizer, mesh)
         self.step = 0
@@ -134,29 +190,36 @@ class _Run:
         self.pending: list[tuple[int, dict[str, metrics.Mean]]] = []  # on the devices
         self.window: dict[str, metrics.Mean] = {}  # on the host, since the last line of metrics
         self.skipped: list[int] = []  # steps whose update was left out, in a row up to now
-        self.votes = Votes(mesh, _AHEAD)
+        self.preemption = PreemptionSync(mesh, _AHEAD)
+        self.profile = _Profile(config, folder, console)
         state = self._restore(abstract_state(task, optimizer, mesh, shard_above=config.shard_above))
         self.state = self._begin(task, optimizer) if state is None else state
         self._restart_clock()
         try:
-            self.writer = MetricWriter(
+            own = MetricWriter(
                 self.folder, self.step, self.console.say, enabled=distributed.is_first()
             )
         except OSError as error:
             raise UsageError(f"cannot write metrics to {self.folder}: {error.strerror}") from error
+        self.writers: list[Writer] = [own, *writers]
 
-    def to_the_end(self, stop: StopRequest) -> dict[int, dict[str, float]]:
+    def to_the_end(self, stop: StopRequest) -> Evaluation:
         """Trains until the last step; returns the final evaluation."""
         every = self.config.train
-        evaluation: dict[int, dict[str, float]] = {}
+        evaluation: Evaluation = {}
         while self.step < every.steps:
-            if number := self.votes.poll(stop.number):
+            if number := self.preemption.poll(stop.number):
                 self._leave(number)
+            self.profile.before(self.step)
             self._advance()
+            self.profile.after(self.step, self.state)
             if self._is_due(every.log_every):
                 self._log()
+            evaluation = {}
             if self.evaluator is not None and self._is_due(every.eval_every):
                 evaluation = self._evaluate(self.evaluator)
+            for callback in self.callbacks:
+                callback(self.step, self.state, evaluation or None)
             if self._is_due(every.checkpoint_every):
                 self._save_if_possible()
         if number := distributed.largest(stop.number or 0):  # what comes next must not begin
@@ -250,22 +313,29 @@ class _Run:
     def _log(self) -> None:
         self._flush()
         values = self.summarize(self.window)
+        for name in self.hidden:
+            values.pop(name, None)
         seconds, since = time.perf_counter() - self.clock[0], self.clock[1]
         if self.step > since:
             values["steps_per_second"] = (self.step - since) / seconds
-        self.writer.write("train", self.step, values)
+        self._write("train", values)
         self.console.show(self.step, values)
         self.window = {}
         self._restart_clock()
 
-    def _evaluate(self, evaluator: Evaluator) -> dict[int, dict[str, float]]:
-        evaluation = evaluator(self.state)
+    def _evaluate(self, evaluator: Evaluator) -> Evaluation:
+        """Evaluates at the main budget, after the last step at all budgets."""
+        main, is_last = self.config.eval_steps, self.step == self.config.train.steps
+        evaluation = evaluator(self.state, budgets=None if is_last else (main,))
         for budget, values in evaluation.items():
-            self.writer.write("eval", self.step, values, budget=budget)
-        main = self.config.eval_steps
+            self._write("eval", values, budget)
         self.console.show_evaluation(self.step, main, evaluation[main])
         self._restart_clock()
         return evaluation
+
+    def _write(self, kind: str, values: dict[str, float], budget: int | None = None) -> None:
+        for writer in self.writers:
+            writer.write(kind, self.step, values, budget=budget)
 
     def _save(self) -> None:
         """Begins a checkpoint, after making sure that it is worth keeping."""
@@ -302,6 +372,30 @@ class _Run:
             f"command again to resume from there ({self.folder})",
             number,
         )
+
+
+class _Profile:
+    """A trace of some training steps, which TensorBoard's profile page opens."""
+
+    def __init__(self, config: Config, folder: Path, console: Console) -> None:
+        self.start, self.stop = config.profiled_steps
+        self.folder, self.console, self.is_running = folder / "profile", console, False
+
+    def before(self, step: int) -> None:
+        if self.start <= step < self.stop and not self.is_running:
+            jax.profiler.start_trace(str(self.folder))
+            self.is_running = True
+
+    def after(self, step: int, state: Any) -> None:
+        if self.is_running and step >= self.stop:
+            self.close(state)
+            self.console.say(f"trace of the steps {self.start} to {self.stop - 1}: {self.folder}")
+
+    def close(self, state: Any) -> None:
+        if self.is_running:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self.is_running = False
 
 
 def _misfit(config: Config, host: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
-import jax
 import numpy as np
 
 _Array = Any
@@ -23,30 +22,6 @@ class Mean:
 
     total: _Array
     count: _Array
-
-
-def means(sums: Mapping[str, jax.Array]) -> dict[str, Mean]:
-    """Gives every sum of an `Output` its count.
-
-    Args:
-      sums: name -> sum, with "count" among them.
-
-    Returns:
-      name -> Mean, without "count".
-
-    Raises:
-      ValueError: there is no "count".
-
-    Example:
-      >>> compute(means({"right": 3.0, "count": 4.0}))
-      {'right': 0.75}
-    """
-    if "count" not in sums:
-        raise ValueError(
-            f'got sums {sorted(sums)}; wanted "count" among them: add it to Output.sums'
-        )
-    count = sums["count"]
-    return {name: Mean(total, count) for name, total in sums.items() if name != "count"}
 
 
 def merge(left: Mapping[str, Mean], right: Mapping[str, Mean]) -> dict[str, Mean]:

@@ -1,7 +1,8 @@
-"""Data parallelism: a mesh, its shardings, and the solve per device."""
+"""Data parallelism: a mesh, its shardings, batches on it, the solve per device; f in bfloat16."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +14,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import deq_jax as deq
 from deq_jax import tree
 from deq_jax.adjoints import Adjoint, BackwardStats, Map
-from deq_jax.solvers import Keep, Solution, Solver, SolveStats
+from deq_jax.errors import UsageError
+from deq_jax.solvers import Equation, Keep, Solution, Solver, SolveStats
 from deq_jax.training.config import Config
-from deq_jax.training.precision import in_bfloat16
+from deq_jax.training.task import CORRUPT, Batch
 from deq_jax.tree import PyTree
 
 AXIS = "data"
@@ -56,6 +58,147 @@ def replicated(mesh: Mesh) -> NamedSharding:
       No axis split.
     """
     return NamedSharding(mesh, PartitionSpec())
+
+
+def pad(batch: Batch, multiple: int) -> Batch:
+    """Fills a batch up, so that it can be split.
+
+    Args:
+      batch: numpy arrays [B, ...] with "mask".
+      multiple: what B is to be a multiple of.
+
+    Returns:
+      The batch with copies of its first example, whose mask is 0, at the end.
+
+    Example:
+      >>> pad({"x": np.array([7, 8, 9]), "mask": np.ones(3)}, 2)["x"].tolist()
+      [7, 8, 9, 7]
+    """
+    size = np.size(batch.get("mask", ()))
+    missing = -size % multiple
+    if size == 0 or missing == 0:
+        return batch
+
+    def filled(name: str, array: Any) -> np.ndarray:
+        array = np.asarray(array)
+        copies = np.repeat(array[:1], missing, axis=0)
+        counted = name in ("mask", CORRUPT)
+        return np.concatenate([array, 0 * copies if counted else copies])
+
+    return {name: filled(name, array) for name, array in batch.items()}
+
+
+def require_even(name: str, size: int, devices: int) -> None:
+    """Refuses a batch that cannot be split over the devices, before anything is built.
+
+    Args:
+      name: of the flag that says the size.
+      size: examples in the batch, over all devices.
+      devices: how many.
+
+    Raises:
+      UsageError: ``size`` is not a multiple of ``devices``.
+
+    Example:
+      >>> require_even("train.batch_size", 16, 2)
+    """
+    if size % devices:
+        raise UsageError(
+            f"got --{name}={size} for {devices} devices; wanted a multiple of {devices}"
+        )
+
+
+def place(batch: Batch, mesh: Mesh) -> dict[str, Any]:
+    """Splits every array of a batch over the "data" axis of the mesh.
+
+    Args:
+      batch: numpy arrays [B, ...] with "mask"; this process's part of the batch.
+      mesh: the devices.
+
+    Returns:
+      The batch as global arrays.
+
+    Raises:
+      UsageError: there is no mask, or B does not divide over the devices.
+
+    Example:
+      >>> place({"mask": np.ones(8, np.float32)}, make_mesh())["mask"].shape
+      (8,)
+    """
+    if "mask" not in batch:
+        raise UsageError(f'got a batch of {sorted(batch)}; wanted "mask" float32[B] among them')
+    size, devices = np.shape(batch["mask"])[0], mesh.local_mesh.size
+    if size == 0 or size % devices:
+        raise UsageError(
+            f"got a batch of {size} examples for {devices} devices; wanted a multiple: choose "
+            "another batch size, or pad the batch with examples whose mask is 0"
+        )
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, np.asarray(array))
+        for name, array in batch.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class InBfloat16:
+    """f(params, z, x) computed in bfloat16 for a state, parameters and operands in float32.
+
+    Attributes:
+      f: the map; float32 in, float32 out.
+      has_aux: whether f returns ``(z, aux)``.
+
+    Example:
+      >>> f = InBfloat16(lambda params, z, x: params * z + x)
+      >>> one = jnp.ones((1, 1))
+      >>> f(one, one, 0.001 * one).item(), f(one, one, 0.001 * one).dtype.name
+      (1.0, 'float32')
+    """
+
+    f: Map
+    has_aux: bool = False
+
+    def __call__(self, params: PyTree, z: PyTree, x: PyTree) -> PyTree:
+        """Casts, applies f and casts back, all but what f returns beside z."""
+        out = self.f(*(jax.tree.map(_lower, part) for part in (params, z, x)))
+        image, *aux = out if self.has_aux else (out,)
+        image = jax.tree.map(lambda a, like: a.astype(like.dtype), image, z)
+        return (image, *aux) if self.has_aux else image
+
+
+def in_bfloat16(fixed_point: Callable[..., Solution]) -> Callable[..., Solution]:
+    """Makes a `deq_jax.fixed_point` whose f is computed in bfloat16, forward and backward.
+
+    State, history, residuals and parameters stay in float32, and so do the gradients that devices
+    sum.  The rounding of f, up to 2^-9 of every element, is what a residual can fall to.
+
+    Args:
+      fixed_point: `deq_jax.fixed_point`, or one with its signature.
+
+    Returns:
+      A function of the same signature.
+
+    Example:
+      >>> from deq_jax import Picard, fixed_point
+      >>> solve, one = in_bfloat16(fixed_point), jnp.ones((1, 1))
+      >>> sol = solve(lambda p, z, x: 0.5 * z + x, None, one, one, solver=Picard(tol=4e-3))
+      >>> sol.value.dtype.name, abs(sol.value.item() - 2) < 0.02
+      ('float32', True)
+    """
+
+    def solve(f: Map, params: PyTree, z0: PyTree, x: PyTree = None, **options: Any) -> Solution:
+        # The compiler moves the casts of params and x out of the loops.
+        lowered = InBfloat16(f, options.get("has_aux", False))
+        solution = fixed_point(lowered, params, z0, x, **options)
+        if lowered.has_aux:  # its f is none of z alone
+            return solution
+        return dataclasses.replace(solution, equation=Equation(f=lowered, params=params, x=x))
+
+    return solve
+
+
+def _lower(leaf: Any) -> Any:
+    return leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf
 
 
 def make_fixed_point(config: Config, mesh: Mesh | None, x_axes: Any = 0) -> Callable[..., Solution]:

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from deq_jax.training.parallel import batch_sharding, leaf_sharding, replicated
-from deq_jax.training.task import CARRY, Carrying, Task
+from deq_jax.training.task import Task, init
 
 
 @flax.struct.dataclass
@@ -23,8 +23,8 @@ class TrainState:
       step: int32 scalar, the number of finished training steps.
       params: trained parameters.
       opt_state: state of the optimiser.
-      extra: untrained collections (batch statistics ...), {} when there are none.
-      carry: what the last batch has left to the next one, of a `Carrying` task; else None.
+      extra: the model's other collections (batch statistics ...), {} if there are none.
+      carry: what the last batch has left to the next one, see `Task.carry`; else None.
     """
 
     step: jax.Array
@@ -32,16 +32,6 @@ class TrainState:
     opt_state: Any
     extra: Any
     carry: Any = None
-
-    def collections(self) -> Any:
-        """``extra`` as a task's `forward` wants it, the carry in it."""
-        return self.extra if self.carry is None else {**self.extra, CARRY: self.carry}
-
-    def after(self, params: Any, opt_state: Any, collections: Any) -> TrainState:
-        """The state after a step, from what it has made of parameters and `collections`."""
-        extra = dict(collections)
-        carry = extra.pop(CARRY, None)
-        return TrainState(self.step + 1, params, opt_state, extra, carry)
 
 
 def split_seed(seed: int) -> tuple[jax.Array, jax.Array]:
@@ -134,14 +124,14 @@ def abstract_state(
 
 
 def _initializer(task: Task, optimizer: optax.GradientTransformation) -> Any:
-    def init(key: jax.Array) -> TrainState:
-        params, extra = task.init(key)
+    def start(key: jax.Array) -> TrainState:
+        params, extra = init(task, key)
         return TrainState(
             step=jnp.int32(0),
             params=params,
             opt_state=optimizer.init(params),
             extra=extra,
-            carry=task.carry(train=True) if isinstance(task, Carrying) else None,
+            carry=task.first_carry(train=True),
         )
 
-    return init
+    return start

@@ -1,26 +1,28 @@
-"""The one training step of all tasks."""
+"""The training step: penalty, gradients of a batch in parts, update."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import deq_jax as deq
-from deq_jax.training import accumulation, metrics, regularize
-from deq_jax.training.accumulation import Gradients
-from deq_jax.training.config import Config
+from deq_jax.errors import UsageError
+from deq_jax.training.config import Config, JacConfig
+from deq_jax.training.metrics import Mean
 from deq_jax.training.optim import make_schedule
-from deq_jax.training.parallel import batch_sharding, per_device, replicated
+from deq_jax.training.parallel import AXIS, batch_sharding, per_device, replicated
 from deq_jax.training.state import TrainState, abstract_state, split_seed
-from deq_jax.training.task import CORRUPT, Batch, Output, Task
+from deq_jax.training.task import CORRUPT, Batch, Pass, Task, forward
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, metrics.Mean]]]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Mean]]]
 
 
 def make_train_step(
@@ -66,7 +68,7 @@ def make_update(
     axis: str | None = None,
     warmup: bool = False,
 ) -> TrainStep:
-    """Builds the step as a pure function, for whoever compiles it in a way of their own.
+    """Builds the step as a pure function, to be compiled by the caller.
 
         minimise  loss(params) + gamma(step) * Bernoulli(prob) * penalty(params)
 
@@ -96,30 +98,24 @@ def make_update(
     """
     root = split_seed(config.train.seed)[1]
     learning_rate = make_schedule(config.optim, config.train.steps)
-    gradients = _make_gradients(task, config, warmup, axis)
     apply = optax.with_extra_args_support(optimizer).update
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, metrics.Mean]]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
         model_key, draw_key, probe_key = jax.random.split(jax.random.fold_in(root, state.step), 3)
-        drawn = regularize.draw(config, state.step, draw_key)
+        drawn = draw_step(config, state.step, draw_key)
+        params, extra = state.params, state.extra
         if axis is not None:
-            index = jax.lax.axis_index(axis)
+            index = lax.axis_index(axis)
             model_key, probe_key = (jax.random.fold_in(k, index) for k in (model_key, probe_key))
-        params, collections = state.params, state.collections()
-        if axis is not None:  # over_devices sums the gradients; autodiff must not
-            params, extra = per_device((params, state.extra), axis)
-            collections = dataclasses.replace(state, extra=extra).collections()
-        found = accumulation.over_parts(
-            lambda *part: gradients(params, drawn, *part),
-            collections,
-            batch,
-            (model_key, probe_key),
-            config.accumulate,
-            mesh,
-            axis,
+            # over_devices sums the gradients; autodiff must not.
+            params, extra = per_device((params, extra), axis)
+        gradients = _make_gradients(task, config, params, drawn, warmup, axis)
+        keys = model_key, probe_key
+        found = over_parts(
+            gradients, extra, state.carry, batch, keys, config.accumulate, mesh, axis
         )
         if axis is not None:
-            found = accumulation.over_devices(found, axis)
+            found = over_devices(found, axis)
         updates, opt_state = apply(found.grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
 
@@ -128,13 +124,13 @@ def make_update(
         one = jnp.float32(1)
         measured = dict(found.measured)
         if not warmup:
-            measured["budget"] = metrics.Mean(drawn.budget.astype(jnp.float32), one)
-        measured["gamma"] = metrics.Mean(drawn.gamma, one)
-        measured["lr"] = metrics.Mean(learning_rate(state.step), one)
-        measured["grad_norm"] = metrics.Mean(norm, one)
+            measured["budget"] = Mean(drawn.budget.astype(jnp.float32), one)
+        measured["gamma"] = Mean(drawn.gamma, one)
+        measured["lr"] = Mean(learning_rate(state.step), one)
+        measured["grad_norm"] = Mean(norm, one)
         measured = _select(finite, measured, jax.tree.map(jnp.zeros_like, measured))
-        measured["skipped"] = metrics.Mean(1 - finite.astype(jnp.float32), one)
-        after = state.after(params, opt_state, found.collections)
+        measured["skipped"] = Mean(1 - finite.astype(jnp.float32), one)
+        after = TrainState(state.step + 1, params, opt_state, found.extra, found.carry)
         kept = dataclasses.replace(state, step=after.step)
         return _select(finite, after, kept), measured
 
@@ -145,80 +141,340 @@ def _select(condition: jax.Array, yes: Any, no: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
+# Penalty and budget of a step.
+
+
+def penalty_weight(config: JacConfig, step: jax.Array, warmup_steps: int) -> jax.Array:
+    """The weight of the penalty at a step.
+
+        warm-up:  warmup_gamma
+        then:     gamma + increment * floor((step - warmup_steps) / increment_every)
+        from stop_step on:  0
+
+    Args:
+      config: the schedule.
+      step: int32 scalar, the number of finished steps.
+      warmup_steps: length of the warm-up phase.
+
+    Returns:
+      float32 scalar.
+
+    Example:
+      >>> schedule = JacConfig(gamma=1.0, increment=0.1, increment_every=10)
+      >>> round(float(penalty_weight(schedule, jnp.int32(25), warmup_steps=0)), 3)
+      1.2
+    """
+    raises = (step - warmup_steps) // config.increment_every
+    value = jnp.where(
+        step < warmup_steps, config.warmup_gamma, config.gamma + config.increment * raises
+    )
+    if config.stop_step is not None:
+        value = jnp.where(step >= config.stop_step, 0.0, value)
+    return value.astype(jnp.float32)
+
+
+class StepDraw(NamedTuple):
+    """Random choices of one training step.
+
+    Attributes:
+      gamma: float32 scalar, the weight of the penalty.
+      penalise: bool scalar, whether the penalty is computed.
+      budget: int32 scalar, the steps that the solver may take.
+    """
+
+    gamma: jax.Array
+    penalise: jax.Array
+    budget: jax.Array
+
+
+def draw_step(config: Config, step: jax.Array, key: jax.Array) -> StepDraw:
+    """Draws whether a step is penalised, and its solver budget.
+
+    Args:
+      config: its parts jac, solver and train are read.
+      step: int32 scalar, the number of finished steps.
+      key: PRNG key of this step.
+
+    Returns:
+      A `StepDraw`.
+
+    Example:
+      >>> from deq_jax.training.config import SolverConfig
+      >>> config = Config(solver=SolverConfig(max_steps=8), jac=JacConfig(budget_low=-2))
+      >>> int(draw_step(config, jnp.int32(0), jax.random.key(0)).budget)
+      8
+    """
+    jac = config.jac
+    coin_key, budget_key = jax.random.split(key)
+    weight = penalty_weight(jac, step, config.train.warmup_steps)
+    penalise = (weight > 0) & jax.random.bernoulli(coin_key, jac.prob)
+    change = jax.random.randint(budget_key, (), jac.budget_low, jac.budget_high + 1)
+    if jac.budget_on == "penalty":
+        change = jnp.where(penalise, change, 0)
+    return StepDraw(weight, penalise, jnp.int32(config.solver.max_steps) + change)
+
+
+def is_penalised(config: Config, *, warmup: bool) -> bool:
+    """Whether a phase of training can have a penalty at all.
+
+    Args:
+      config: its jac part is read.
+      warmup: which phase.
+
+    Returns:
+      False if the penalty need not even be compiled.
+
+    Example:
+      >>> is_penalised(Config(), warmup=False)
+      False
+    """
+    if warmup:
+        return config.jac.warmup_gamma > 0
+    return config.jac.gamma > 0 or config.jac.increment > 0
+
+
+# Gradients of a batch: of its parts one after the other, and of one part on each device.
+
+
+@flax.struct.dataclass
+class Gradients:
+    """The result of the forward and backward pass over some examples.
+
+    Attributes:
+      grads: like the parameters.
+      objective: float32 scalar, loss and penalty.
+      weight: float32 scalar, what the loss is a mean over.
+      extra: the other collections after the pass.
+      carry: what the examples leave to the next batch.
+      measured: name -> `Mean`.
+    """
+
+    grads: Any
+    objective: jax.Array
+    weight: jax.Array
+    extra: Any
+    carry: Any
+    measured: dict[str, Mean]
+
+
 def _make_gradients(
-    task: Task, config: Config, warmup: bool, axis: str | None
+    task: Task, config: Config, params: Any, drawn: StepDraw, warmup: bool, axis: str | None
 ) -> Callable[..., Gradients]:
-    """Gradients and metrics of one part of a batch."""
-    penalised = regularize.is_used(config, warmup=warmup)
+    """Gradients and metrics of one part of a batch, as a function of what `over_parts` splits."""
+    penalised = is_penalised(config, warmup=warmup)
+    none = jnp.float32(0) if axis is None else per_device(jnp.float32(0), axis)
 
     def gradients(
-        params: Any, drawn: Any, collections: Any, batch: Batch, model_key: Any, probe_key: Any
+        extra: Any, carry: Any, batch: Batch, model_key: jax.Array, probe_key: jax.Array
     ) -> Gradients:
-        budget = 0 if warmup else drawn.budget  # an int: no solve is compiled
-
-        def objective(params: Any, probe: Any) -> tuple[jax.Array, tuple[Output, jax.Array]]:
-            output = task.forward(
+        def objective(params: Any, probe: Any) -> tuple[jax.Array, tuple[Pass, jax.Array]]:
+            found = forward(
+                task,
+                config,
                 params,
-                collections,
+                extra,
+                carry,
                 batch,
                 key=model_key,
                 train=True,
                 warmup=warmup,
-                max_steps=budget,
+                max_steps=drawn.budget,
                 probe=probe,
             )
             penalty = jnp.float32(0)
             if penalised:
-                none = jnp.float32(0) if axis is None else per_device(jnp.float32(0), axis)
-                penalty = _penalty(output, drawn.penalise, probe_key, config.jac.probes, none)
-            return output.loss + drawn.gamma * penalty, (output, penalty)
+                penalty = _penalty(found, drawn.penalise, probe_key, config.jac.probes, none)
+            return found.loss + drawn.gamma * penalty, (found, penalty)
 
         # The gradient with respect to the probe is no gradient: it carries the statistics of the
         # backward solve.  The unrolled network has no such solve.
         probe = None if warmup else deq.backward_probe(jnp.zeros(jnp.shape(batch["mask"])))
         if axis is not None:
             probe = per_device(probe, axis)
-        (value, (output, penalty)), (grads, backward) = jax.value_and_grad(
+        (value, (found, penalty)), (grads, backward) = jax.value_and_grad(
             objective, argnums=(0, 1), has_aux=True
         )(params, probe)
-        measured = forward_metrics(output, batch)
+        measured = forward_metrics(found, batch)
         if penalised:
-            measured["penalty"] = metrics.Mean(penalty, drawn.penalise.astype(jnp.float32))
+            measured["penalty"] = Mean(penalty, drawn.penalise.astype(jnp.float32))
         if not warmup:
             measured |= _backward_metrics(backward, batch["mask"])
-        weight = output.sums["count"] if output.weight is None else output.weight
-        return Gradients(grads, value, weight.astype(jnp.float32), output.extra, measured)
+        weight = found.means["loss"].count.astype(jnp.float32)
+        return Gradients(grads, value, weight, found.extra, found.carry, measured)
 
     return gradients
 
 
-def forward_metrics(output: Output, batch: Batch) -> dict[str, metrics.Mean]:
-    """Loss, the task's own sums, and the statistics of the forward solve.
+def _penalty(
+    found: Pass, penalise: jax.Array, key: jax.Array, probes: int, none: jax.Array
+) -> jax.Array:
+    """The penalty at the solution if `penalise`, else `none` without computing it."""
+    if found.solution is None:
+        raise ValueError(
+            "got a Jacobian penalty for a model without a DEQ layer; wanted a model with the "
+            "attribute solver that returns (output, solution), or jac.gamma, jac.increment and "
+            "jac.warmup_gamma of 0"
+        )
+    at = found.solution.at
+    return lax.cond(
+        penalise,
+        lambda: deq.frobenius_penalty(*at, key=key, probes=probes).astype(jnp.float32),
+        lambda: none,
+    )
+
+
+def over_parts(
+    gradients: Callable[..., Gradients],
+    extra: Any,
+    carry: Any,
+    batch: Batch,
+    keys: tuple[jax.Array, jax.Array],
+    parts: int,
+    mesh: Mesh | None,
+    axis: str | None = None,
+) -> Gradients:
+    """Computes a batch in parts, with the memory of one part.
+
+    The mean over all examples is that of the whole batch, up to the order of its sums; each part
+    draws masks and probes of its own, and has its own batch statistics, as smaller batches have.
 
     Args:
-      output: of a forward pass.
-      batch: what it was of; "mask" is read, and "corrupt" if it is there.
+      gradients: ``(extra, carry, batch, model_key, probe_key) -> Gradients``.
+      extra: collections that one part hands to the next.
+      carry: tree of arrays ``[B, ...]``, split like the batch.
+      batch: arrays ``[B, ...]``.
+      keys: of masks and probes.
+      parts: how many.
+      mesh: devices that B is split over; every one computes a part of each part.
+      axis: see `make_update`.
 
     Returns:
-      "loss", the task's names, and if there was an equilibrium layer "fwd_steps", "fwd_residual"
-      and "unconverged" (the share of examples whose solve did not reach the tolerance); "corrupt",
-      the share of records that could not be read, of data that counts them.
+      Gradients of the whole batch.
+
+    Raises:
+      UsageError: B does not divide by parts times devices.
 
     Example:
-      >>> one = jnp.ones(2)
-      >>> output = Output(loss=jnp.float32(0.5), sums={"count": one.sum()}, extra={}, solution=None)
-      >>> metrics.compute(forward_metrics(output, {"mask": one}))
+      >>> def gradients(extra, carry, batch, *keys):
+      ...     mean = batch["x"].mean()
+      ...     return Gradients(mean, mean, jnp.float32(batch["x"].size), extra, carry, {})
+      >>> key = jax.random.key(0)
+      >>> batch = {"x": jnp.arange(4.0), "mask": jnp.ones(4)}
+      >>> over_parts(gradients, {}, None, batch, (key, key), 2, None).grads.item()
+      1.5
+    """
+    if parts == 1:
+        return gradients(extra, carry, batch, *keys)
+    devices = 1 if mesh is None else mesh.size
+    size = jnp.shape(batch["mask"])[0]
+    if size % (parts * devices):
+        raise UsageError(
+            f"got a batch of {size} examples for {parts} parts (accumulate) on {devices} devices; "
+            f"wanted a multiple of {parts * devices}: choose another batch size or accumulate"
+        )
+
+    def split(array: jax.Array) -> jax.Array:
+        # Of every device's examples, which are neighbours, some go into each part.
+        cut = array.reshape(devices, parts, size // (devices * parts), *array.shape[1:])
+        cut = cut.swapaxes(0, 1).reshape(parts, size // parts, *array.shape[1:])
+        return cut if mesh is None else _constrain(cut, mesh, (None, AXIS))
+
+    def join(array: jax.Array) -> jax.Array:
+        cut = array.reshape(parts, devices, size // (devices * parts), *array.shape[2:])
+        whole = cut.swapaxes(0, 1).reshape(size, *array.shape[2:])
+        return whole if mesh is None else _constrain(whole, mesh, (AXIS,))
+
+    def one(extra: Any, part: Any) -> tuple[Any, Any]:
+        number, examples, carry = part
+        found = gradients(
+            extra, carry, examples, *(jax.random.fold_in(key, number) for key in keys)
+        )
+        return found.extra, (_weighted(found), found.carry)
+
+    scanned = (jnp.arange(parts), *jax.tree.map(split, (dict(batch), carry)))
+    extra, (found, carry) = _scan_sum(one, extra, scanned, axis)
+    return _unweighted(found, extra, jax.tree.map(join, carry))
+
+
+def over_devices(found: Gradients, axis: str) -> Gradients:
+    """Combines the gradients of several devices, inside `jax.pmap` or `jax.shard_map`.
+
+    Args:
+      found: of this device's examples.
+      axis: name of the axis.
+
+    Returns:
+      Gradients of all examples; ``extra`` is averaged, ``carry`` stays the device's own.
+
+    Example:
+      >>> over_devices(found, "data")  # doctest: +SKIP
+    """
+    extra = lax.pmean(found.extra, axis)
+    return _unweighted(lax.psum(_weighted(found), axis), extra, found.carry)
+
+
+def _weighted(found: Gradients) -> Gradients:
+    """Sums instead of means, which can be added; without what is not summed."""
+    weigh = lambda a: a * found.weight.astype(a.dtype)  # noqa: E731
+    grads, objective = jax.tree.map(weigh, (found.grads, found.objective))
+    return Gradients(grads, objective, found.weight, None, None, found.measured)
+
+
+def _unweighted(found: Gradients, extra: Any, carry: Any) -> Gradients:
+    """Means again."""
+    mean = lambda a: a / jnp.where(found.weight > 0, found.weight, 1).astype(a.dtype)  # noqa: E731
+    grads, objective = jax.tree.map(mean, (found.grads, found.objective))
+    return Gradients(grads, objective, found.weight, extra, carry, found.measured)
+
+
+def _scan_sum(one: Callable[..., Any], first: Any, parts: Any, axis: str | None) -> Any:
+    """`lax.scan` whose first output is summed as it goes, not stacked."""
+    shapes = jax.eval_shape(lambda: one(first, jax.tree.map(lambda a: a[0], parts))[1][0])
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    if axis is not None:
+        zeros = per_device(zeros, axis)
+
+    def body(before: Any, part: Any) -> Any:
+        state, total = before
+        state, (found, own) = one(state, part)
+        return (state, jax.tree.map(jnp.add, total, found)), own
+
+    (state, total), own = lax.scan(body, (first, zeros), parts)
+    return state, (total, own)
+
+
+def _constrain(array: jax.Array, mesh: Mesh, axes: tuple[str | None, ...]) -> jax.Array:
+    return lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+# Metrics of a pass.
+
+
+def forward_metrics(found: Pass, batch: Batch) -> dict[str, Mean]:
+    """The task's means, and the statistics of the forward solve.
+
+    Args:
+      found: of a forward pass.
+      batch: its examples; "mask" is read, and "corrupt" if it is there.
+
+    Returns:
+      "loss", the task's names, and if there was a DEQ layer "fwd_steps", "fwd_residual" and
+      "unconverged" (the share of examples whose solve did not reach the tolerance); "corrupt", the
+      share of records that could not be read, of data that counts them.
+
+    Example:
+      >>> found = Pass({"loss": Mean(1.0, 2.0)}, None, {}, None, None)
+      >>> from deq_jax.training import metrics
+      >>> metrics.compute(forward_metrics(found, {"mask": jnp.ones(2)}))
       {'loss': 0.5}
     """
-    weight = output.sums["count"] if output.weight is None else output.weight
-    measured = {**metrics.means(output.sums), "loss": metrics.Mean(output.loss * weight, weight)}
-    mask = batch["mask"]
+    measured, mask = dict(found.means), batch["mask"]
     if CORRUPT in batch:
         corrupt = batch[CORRUPT]
         # In training another example stands in its place, in evaluation there is padding.
-        measured[CORRUPT] = metrics.Mean(corrupt.sum(), jnp.maximum(mask, corrupt).sum())
-    if output.solution is not None:
-        stats = output.solution.stats
+        measured[CORRUPT] = Mean(corrupt.sum(), jnp.maximum(mask, corrupt).sum())
+    if found.solution is not None:
+        stats = found.solution.stats
         mask = mask * (stats.num_steps > 0)  # the unrolled network solves nothing
         measured["fwd_steps"] = _masked(stats.num_steps, mask)
         measured["fwd_residual"] = _masked(stats.residual, mask)
@@ -226,7 +482,7 @@ def forward_metrics(output: Output, batch: Batch) -> dict[str, metrics.Mean]:
     return measured
 
 
-def _backward_metrics(stats: Any, mask: jax.Array) -> dict[str, metrics.Mean]:
+def _backward_metrics(stats: Any, mask: jax.Array) -> dict[str, Mean]:
     mask = mask * (stats.num_steps > 0)  # an unrolled gradient solves no backward system
     return {
         "bwd_steps": _masked(stats.num_steps, mask),
@@ -235,24 +491,6 @@ def _backward_metrics(stats: Any, mask: jax.Array) -> dict[str, metrics.Mean]:
     }
 
 
-def _masked(values: jax.Array, mask: jax.Array) -> metrics.Mean:
+def _masked(values: jax.Array, mask: jax.Array) -> Mean:
     """Sum over the real examples; where() because 0 * inf would spoil it."""
-    return metrics.Mean(jnp.where(mask > 0, values * mask, 0).sum(), mask.sum())
-
-
-def _penalty(
-    output: Output, penalise: jax.Array, key: jax.Array, probes: int, none: jax.Array
-) -> jax.Array:
-    """The penalty at the solution if `penalise`, else `none` without computing it."""
-    if output.solution is None:
-        raise ValueError(
-            "got Output.solution=None with a Jacobian penalty; wanted the solution of the DEQ "
-            "layer: return it from forward, or set jac.gamma, jac.increment and jac.warmup_gamma "
-            "to 0"
-        )
-    at = output.solution.at
-    return jax.lax.cond(
-        penalise,
-        lambda: deq.frobenius_penalty(*at, key=key, probes=probes).astype(jnp.float32),
-        lambda: none,
-    )
+    return Mean(jnp.where(mask > 0, values * mask, 0).sum(), mask.sum())

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deq_jax.errors import UsageError
 from deq_jax.training.checkpoint import Checkpoints, first_line, read, saved_steps
-from deq_jax.training.errors import UsageError
 
 _FOLDER = "checkpoints"
 _TRUNK = "equilibrium"

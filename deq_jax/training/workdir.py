@@ -13,9 +13,9 @@ from typing import TextIO
 
 import jax
 
+from deq_jax.errors import UsageError
 from deq_jax.training import distributed, fields
 from deq_jax.training.config import Config
-from deq_jax.training.errors import UsageError
 
 CONFIG = "config.json"
 LOCK = "lock"

@@ -6,12 +6,13 @@ import dataclasses
 from typing import Literal
 
 from deq_jax.training import option, require
-from experiments import trunk
-from experiments.variants import ComparedConfig
+from experiments.common import mdeq
+from experiments.common.compare import ComparedConfig
+from experiments.common.image_data import ImageDataConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig(trunk.TrunkConfig):
+class ModelConfig(mdeq.TrunkConfig):
     """A multiscale DEQ with a classification head, or the explicit network it is compared with."""
 
     name: Literal["mdeq", "resnet18", "resnet50", "resnet101"] = option(
@@ -39,16 +40,10 @@ class ModelConfig(trunk.TrunkConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(ImageDataConfig):
     """The image set and what is done to its images."""
 
     name: str = option("digits", "digits (scikit-learn's 8 x 8 scans), or the name of a TFDS set")
-    dir: str = option(
-        "", "folder of TFDS sets; empty for TFDS' own default (~/tensorflow_datasets)",
-        may_change=True,
-    )  # fmt: skip
-    train_split: str = option("train", "split to train on, as TFDS writes it: train[:90%]")
-    eval_split: str = option("test", "split to evaluate on; test[:1000] for a quick look")
     size: int = option(8, "height and width of the images that the model sees")
     colors: int = option(1, "channels of the images")
     augment: Literal["none", "shift", "crop_flip", "resized_crop"] = option(
@@ -60,23 +55,13 @@ class DataConfig:
     statistics: Literal["own", "cifar", "imagenet"] = option(
         "own", "mean and deviation of the colours: the training set's, CIFAR-10's or ImageNet's"
     )
-    in_memory: bool = option(
-        True, "decode the whole set once, for sets of one image size", may_change=True
-    )
-    workers: int = option(0, "processes that decode, for sets not in memory", may_change=True)
-    on_corrupt: Literal["stop", "skip"] = option(
-        "stop",
-        "a record that cannot be read: stop with its name; or skip, which tells of it, trains on "
-        "another one instead and evaluates without it",
-        may_change=True,
-    )
     eval_batch_size: int = option(120, "examples in an evaluation batch, over all devices")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(bool(self.name), "name", "the name of a set", self.name)
-        for name in ("shift", "workers"):
-            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        for name in ("size", "colors", "eval_batch_size"):
+        require(self.shift >= 0, "shift", "at least 0", self.shift)
+        for name in ("size", "colors"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         if self.statistics == "own":
             require(self.in_memory, "statistics", "cifar or imagenet without in_memory", "own")
@@ -94,7 +79,7 @@ class ImageConfig(ComparedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model.name == "mdeq":
-            trunk.check_size(self.model, self.data.size, self.data.size)
+            mdeq.check_size(self.model, self.data.size, self.data.size)
         elif self.precision != "float32":
             raise ValueError(f"precision must be float32 without a solve, got {self.precision}")
         elif self.jac.gamma > 0 or self.jac.increment > 0 or self.jac.warmup_gamma > 0:

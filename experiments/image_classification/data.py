@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
-
-import jax
-import numpy as np
 
 from deq_jax.data import augment, images, pipeline, sources
 from deq_jax.data.records import Reader
-from deq_jax.training import DataIterator, EvalData, UsageError
-from experiments import corrupt
+from deq_jax.training import UsageError
+from experiments.common.image_data import Images, open_images
 from experiments.image_classification.config import DataConfig, ImageConfig
 
 # Of the size that the model sees: ImageNet is evaluated on the centre of images of 256.
 RESIZE = 256 / 224
 
 
-@corrupt.in_words()
-def build_data(config: ImageConfig) -> tuple[DataIterator, EvalData]:
+def open_data(config: ImageConfig) -> Images:
     """Opens the image set.
 
     Args:
       config: model.classes, data and train are read.
 
     Returns:
-      Endless training batches, and a function that gives one pass over the evaluation set: of both
-      the part of this process.
+      Its batches.
 
     Raises:
       MissingData: the set is not prepared.
@@ -35,52 +29,21 @@ def build_data(config: ImageConfig) -> tuple[DataIterator, EvalData]:
       UsageError: its classes or images are not those of the model; a record cannot be read, which
         the batches also raise.
     """
-    data, processes = config.data, jax.process_count()
+    data = config.data
     train, test = (open_set(config, split) for split in (data.train_split, data.eval_split))
     standardize = {"cifar": images.CIFAR, "imagenet": images.IMAGENET}.get(data.statistics)
     if standardize is None:
         standardize = images.Standardize.of(train)
-    for name in ("batch_size", "eval_batch_size"):
-        size = config.train.batch_size if name == "batch_size" else data.eval_batch_size
-        if size % processes:
-            raise UsageError(f"{name} must divide by the {processes} processes, got {size}")
-    shard = jax.process_index(), processes
-    batches = pipeline.train_iterator(
-        train,
-        batch_size=config.train.batch_size // processes,
-        seed=config.train.seed,
-        transform=standardize,
-        augment=build_augment(data),
-        shard=shard,
-        workers=data.workers,
-        on_corrupt=data.on_corrupt,
-    )
     resized = augment.ResizeCrop(round(RESIZE * data.size), data.size)
     fixed = augment.Then((resized, standardize)) if data.augment == "resized_crop" else standardize
-    one_pass = functools.partial(
-        pipeline.eval_batches,
+    return open_images(
+        config,
+        train,
         test,
-        batch_size=data.eval_batch_size // processes,
-        transform=fixed,
-        shard=shard,
-        threads=data.workers,
-        on_corrupt=data.on_corrupt,
+        transform=standardize,
+        augment=build_augment(data),
+        eval_transform=fixed,
     )
-    return corrupt.Training(batches), corrupt.passes(one_pass)
-
-
-def shapes(config: ImageConfig) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """What a training batch over all devices is made of, for `experiments.dry_run`.
-
-    Args:
-      config: data and train are read.
-
-    Returns:
-      Name -> (shape, dtype).
-    """
-    size = config.train.batch_size
-    image = (size, config.data.size, config.data.size, config.data.colors)
-    return {"image": (image, np.float32), "label": ((size,), np.int32)}
 
 
 def open_set(config: ImageConfig, split: str) -> Any:

@@ -15,35 +15,16 @@ from functools import partial
 import jax
 
 from deq_jax.training import flags
-from deq_jax.training.parallel import make_mesh
-from experiments import diagnose, dry_run
-from experiments import report as shared
+from experiments.common.run import Experiment, run
 from experiments.image_classification import report
-from experiments.image_classification.config import ImageConfig
-from experiments.image_classification.data import build_data, shapes
+from experiments.image_classification.data import open_data
 from experiments.image_classification.presets import PRESETS
-from experiments.image_classification.task import ImageTask
-from experiments.variants import parts, train_all
+from experiments.image_classification.task import build_task
 
-
-def run(config: ImageConfig) -> dict[str, report.Trained]:
-    """Trains "no_jr" and "jr" for a comparison, else "model"; writes the report."""
-    mesh = make_mesh()
-    make_task = partial(ImageTask, mesh=mesh)
-    if config.dry_run:
-        shared.show(dry_run.run(parts(config), make_task, shapes(config), mesh))
-        return {}
-    train_data, eval_data = build_data(config)  # before anything is written: it may be missing
-    if config.diagnose:
-        shared.show(diagnose.run(parts(config), make_task, train_data, mesh))
-        return {}
-    folder, trained = train_all(config, make_task, train_data, eval_data, mesh)
-    shared.show(report.write(folder, config, trained, eval_data, mesh))
-    return trained
-
+EXPERIMENT = Experiment(open_data=open_data, build_task=build_task, write_report=report.write)
 
 if __name__ == "__main__":
     # Two devices on a CPU, whatever its cores: small convolutions use one core each, and the same
     # number everywhere gives the same figures everywhere.  Accelerators are not touched by it.
     jax.config.update("jax_num_cpu_devices", 2)
-    flags.run(run, PRESETS, default="digits")
+    flags.run(partial(run, EXPERIMENT), PRESETS, default="digits")

@@ -34,7 +34,7 @@ from typing import Any
 
 from deq_jax.solvers.base import StopMode
 from deq_jax.training import EvalConfig, JacConfig, OptimConfig, TrainConfig
-from experiments import trunk
+from experiments.common import mdeq
 from experiments.image_classification.config import DataConfig, ImageConfig, ModelConfig
 
 CIFAR_EXAMPLES, IMAGENET_EXAMPLES = 50_000, 1_281_167
@@ -89,7 +89,7 @@ def broyden(forward: int, backward: int, stop: StopMode, largest: int) -> dict[s
     """
     budgets = tuple(range(1, largest + 1))
     evaluation = EvalConfig(max_steps=forward, budgets=budgets, spectral_batches=1)
-    return {**trunk.broyden(forward, backward, stop), "eval": evaluation}
+    return {**mdeq.broyden(forward, backward, stop), "eval": evaluation}
 
 
 CIFAR = DataConfig(
@@ -139,7 +139,7 @@ DIGITS = ImageConfig(
     model=ModelConfig(channels=(16, 16), expansion=2, head=(8, 16), final=64),
     data=DataConfig(name="digits", size=8, colors=1, augment="shift", shift=1),
     compare=True,
-    **trunk.broyden(8, 8, "rel"),
+    **mdeq.broyden(8, 8, "rel"),
     jac=JacConfig(gamma=1.0, prob=0.5, probes=1, budget_low=-4, budget_on="all"),
     optim=OptimConfig(name="adam", lr=1e-2, warmup_steps=15, end_lr=1e-5, clip=1.0),
     train=TrainConfig(steps=600, batch_size=96, log_every=50, eval_every=100, checkpoint_every=300),
@@ -171,7 +171,7 @@ CIFAR_SMALL = ImageConfig(
     model=ModelConfig(channels=(32, 64), expansion=3, head=(16, 32), final=256),
     data=CIFAR,
     compare=True,
-    **trunk.broyden(8, 7, "rel"),
+    **mdeq.broyden(8, 7, "rel"),
     jac=JacConfig(gamma=1.0, prob=0.25, probes=1, budget_low=-2, budget_on="all"),
     optim=dataclasses.replace(CIFAR_ADAM, clip=1.0),
     train=dataclasses.replace(

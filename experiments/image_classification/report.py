@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from deq_jax.models.mdeq import MDEQ
 from deq_jax.training import EvalData
 from deq_jax.training.distributed import fetch
-from deq_jax.training.placement import pad, place
-from experiments import report as shared
+from deq_jax.training.parallel import pad, place
+from deq_jax.training.task import forward, has_solver
+from experiments.common import reporting
+from experiments.common.image_data import Images
+from experiments.common.reporting import NAMES, STYLES, Trained
 from experiments.image_classification.config import ImageConfig
-from experiments.report import NAMES, STYLES, Trained
 
 
 def residual_traces(config: ImageConfig, model: Trained, data: EvalData, mesh: Mesh) -> np.ndarray:
@@ -34,17 +34,14 @@ def residual_traces(config: ImageConfig, model: Trained, data: EvalData, mesh: M
       float32 ``[eval_steps, images]``, inf after a solve has ended; of an explicit network, which
       solves nothing, ``[0, 0]``.
     """
-    if not isinstance(model.task.model, MDEQ):
+    if not has_solver(model.task.model):
         return np.zeros((0, 0), np.float32)
 
     @jax.jit
     def trace(params: Any, extra: Any, batch: Any) -> jax.Array:
-        budget = jnp.int32(config.eval_steps)
-        output = model.task.forward(
-            params, extra, batch, key=None, train=False, warmup=False, max_steps=budget, probe=None
-        )
-        assert output.solution is not None
-        return output.solution.stats.trace[: config.eval_steps]
+        found = forward(model.task, config, params, extra, None, batch)
+        assert found.solution is not None and found.solution.stats.trace is not None
+        return found.solution.stats.trace[: config.eval_steps]
 
     parts = []
     for batch in data():
@@ -71,7 +68,7 @@ def measure(config: ImageConfig, model: Trained, traces: np.ndarray) -> dict[str
     """
     final = model.result.evaluation
     main = final[config.eval_steps]
-    numbers = shared.training_numbers(config, model.result) | {
+    numbers = reporting.training_numbers(config, model.result) | {
         "accuracy": {budget: values["accuracy"] for budget, values in final.items()},
         "converged_accuracy": main["accuracy"],
         "top5": main.get("top5"),
@@ -93,7 +90,7 @@ def write(
     folder: Path,
     config: ImageConfig,
     trained: Mapping[str, Trained],
-    data: EvalData,
+    data: Images,
     mesh: Mesh,
 ) -> str:
     """Writes results.md, results.json and results.png.
@@ -102,16 +99,16 @@ def write(
       folder: of the experiment.
       config: the whole configuration.
       trained: name -> model.
-      data: one pass over the test images.
+      data: the test images.
       mesh: the devices.
 
     Returns:
       The table, for the screen.
     """
-    traces = {n: residual_traces(config, model, data, mesh) for n, model in trained.items()}
+    traces = {n: residual_traces(config, model, data.eval, mesh) for n, model in trained.items()}
     columns = {n: measure(config, model, traces[n]) for n, model in trained.items()}
     text = make_table(config, columns)
-    shared.write(folder, text, columns)
+    reporting.write(folder, text, columns)
     draw(folder / "results.png", config, trained, columns, traces)
     return text
 
@@ -160,7 +157,7 @@ def make_table(config: ImageConfig, columns: Mapping[str, Mapping[str, Any]]) ->
         row("seconds per training step", "seconds_per_step", ".4f"),
         row("images per second in training", "examples_per_second", ".0f"),
     ]
-    text = shared.table(["test set", *(NAMES[n] for n in columns)], [r for r in rows if r])
+    text = reporting.table(["test set", *(NAMES[n] for n in columns)], [r for r in rows if r])
     return text + (_explain(config, len(columns) > 1) if solves else "")
 
 
@@ -201,18 +198,18 @@ def draw(
     """
     solves = all(trace.size for trace in traces.values())
     count = 4 if solves else 2
-    figure, (axes,) = shared.new_figure(1, count, (4.6 * count, 4.2))
+    figure, (axes,) = reporting.new_figure(1, count, (4.6 * count, 4.2))
     for name, model in trained.items():
         history = model.result.history
-        shared.draw_history(axes[0], name, history, "train", "loss")
+        reporting.draw_history(axes[0], name, history, "train", "loss")
         if solves:
             budgets = sorted(columns[name]["accuracy"])
             values = [100 * columns[name]["accuracy"][b] for b in budgets]
             axes[1].plot(budgets, values, label=NAMES[name], **STYLES[name])
             _draw_traces(axes[2], name, traces[name])
-            shared.draw_history(axes[3], name, history, "eval", "spectral_radius")
+            reporting.draw_history(axes[3], name, history, "eval", "spectral_radius")
         else:
-            shared.draw_history(axes[1], name, history, "eval", "accuracy", 100)
+            reporting.draw_history(axes[1], name, history, "eval", "accuracy", 100)
     axes[0].set(xlabel="training step", ylabel="cross-entropy", yscale="log")
     axes[0].set_title("Training loss")
     if solves:
@@ -222,7 +219,7 @@ def draw(
         axes[1].set_title("Accuracy")
     for axis in axes:
         axis.legend(frameon=False)
-    shared.save(figure, path)
+    reporting.save(figure, path)
 
 
 def _label_solves(axes: Any, config: ImageConfig) -> None:

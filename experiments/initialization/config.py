@@ -35,9 +35,9 @@ from deq_jax.training import (
     option,
     require,
 )
-from experiments import initial
+from experiments.common import families
 
-FAMILIES = tuple(initial.FAMILIES)
+FAMILIES = tuple(families.FAMILIES)
 
 
 def _rises(numbers: tuple[float, ...]) -> bool:

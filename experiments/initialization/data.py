@@ -10,7 +10,6 @@ import numpy as np
 
 from deq_jax.data import images, sources
 from deq_jax.training import Batch
-from experiments import corrupt
 from experiments.initialization.config import DataConfig
 
 
@@ -32,7 +31,6 @@ class Set(NamedTuple):
         return {name: array[places] for name, array in self._asdict().items()}
 
 
-@corrupt.in_words()
 def build_data(data: DataConfig) -> tuple[Set, Set, int]:
     """Reads both sets into memory; pixels get mean 0 and variance 1 over the training set.
 

@@ -7,8 +7,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import diagnose
-from experiments import report as shared
+from experiments.common import diagnose, reporting
 from experiments.initialization.config import InitConfig
 from experiments.initialization.sweep import Sweep
 
@@ -28,12 +27,11 @@ def run(config: InitConfig) -> str:
     for family in config.sweep.families:
         for scale in config.sweep.scales:
             sys.stderr.write(f"{family} {scale:g}\n")
-            output = sweep.task.forward(
-                sweep.start(scale, config.train.seed, family).params, {}, examples, key=None,
-                train=False, warmup=False, max_steps=config.eval_steps, probe=None,
-            )  # fmt: skip
-            assert output.solution is not None
-            found = diagnose.look(config, output.solution)
+            solution = sweep.forward(
+                sweep.start(scale, config.train.seed, family).params, examples
+            ).solution
+            assert solution is not None
+            found = diagnose.look(config, solution)
             numbers = [found.spectral_radius, found.operator_norm]
             solved = [f"{share.mean():.0%}" for share in found.converged.values()]
             names = list(found.converged)
@@ -42,4 +40,4 @@ def run(config: InitConfig) -> str:
             advice += f"\n{family} {scale:g}:\n" + "".join(f"- {said}\n" for said in found.advice)
     header = ["family", "scale", "radius", "norm", "penalty", *(f"{n} solves" for n in names)]
     count = f"{diagnose.EXAMPLES} examples of {config.data.name}, from z = 0, untrained\n\n"
-    return count + shared.table(header, rows) + advice
+    return count + reporting.table(header, rows) + advice

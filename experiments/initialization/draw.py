@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 import deq_jax as deq
-from experiments import report as shared
+from experiments.common import reporting
 from experiments.initialization.config import FAMILIES, InitConfig, TheoryConfig
 from experiments.initialization.sweep import Family
 from experiments.initialization.theory import predicted_picard
 from experiments.initialization.verdict import Verdict
 
-_COLORS: dict[str, str] = dict(zip(FAMILIES, shared.COLORS, strict=False))
+_COLORS: dict[str, str] = dict(zip(FAMILIES, reporting.COLORS, strict=False))
 _MARKERS = {"gaussian": "o", "orthogonal": "s", "goe": "^"}
 _DASHES = {"picard": ":", "anderson": "-", "broyden": "--"}
 
@@ -28,7 +28,7 @@ def theory(path: Path, config: TheoryConfig, records: Sequence[Mapping[str, Any]
       config: fractions, sizes and tol are read.
       records: from `theory.measure`; the largest size is drawn.
     """
-    figure, (axes,) = shared.new_figure(1, 4, (18.4, 4.4))
+    figure, (axes,) = reporting.new_figure(1, 4, (18.4, 4.4))
     size = max(config.sizes)
     for family in FAMILIES:
         own = [r for r in records if (r["family"], r["size"]) == (family, size)]
@@ -54,7 +54,7 @@ def theory(path: Path, config: TheoryConfig, records: Sequence[Mapping[str, Any]
         axes[3].plot(fractions, steps, color=_COLORS[family], linewidth=4, alpha=0.25)
     for axis in axes:
         axis.legend(frameon=False, fontsize=7)
-    shared.save(figure, path)
+    reporting.save(figure, path)
 
 
 def _points(axis: Any, x: Sequence[float], values: Sequence[Any], style: dict[str, Any]) -> None:
@@ -105,7 +105,7 @@ def sweep(
       verdicts: name -> what counts as trained.
     """
     scales, seeds = config.sweep.scales, config.sweep.seeds
-    figure, axes = shared.new_figure(2, len(families), (4.6 * len(families) + 1, 5.6))
+    figure, axes = reporting.new_figure(2, len(families), (4.6 * len(families) + 1, 5.6))
     titles = {"accuracy": "test accuracy", "solved": "solved at the end"}
     for row, (metric, label) in enumerate(titles.items()):
         images = []
@@ -127,7 +127,7 @@ def sweep(
         f"solves of {budget}; crosses: does not count as trained",
         fontsize=10,
     )
-    shared.save(figure, path)
+    reporting.save(figure, path)
 
 
 def models(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -139,7 +139,7 @@ def models(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """
     names = list(dict.fromkeys(r["model"] for r in records))
     scales = sorted({r["scale"] for r in records if r["family"] != "published"})
-    figure, axes = shared.new_figure(len(names), 3, (13, 3.6 * len(names)))
+    figure, axes = reporting.new_figure(len(names), 3, (13, 3.6 * len(names)))
     for row, name in zip(axes, names, strict=True):
         own = [r for r in records if r["model"] == name]
         panels = (("score", own[0]["metric"]), ("end_unsolved", "not solved"), ("radius", "radius"))
@@ -163,7 +163,7 @@ def models(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
             elif key == "end_unsolved" or label == "accuracy":
                 axis.set_ylim(-0.03, 1.03)
         row[0].legend(frameon=False, fontsize=8)
-    shared.save(figure, path)
+    reporting.save(figure, path)
 
 
 def _known(values: Sequence[float | None]) -> list[float]:

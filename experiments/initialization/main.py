@@ -18,7 +18,7 @@ import jax
 
 from deq_jax.training import UsageError, flags, workdir
 from deq_jax.training.parallel import make_mesh
-from experiments import report as shared
+from experiments.common import reporting
 from experiments.initialization import diagnosis, models, report, theory
 from experiments.initialization.config import PRESETS, InitConfig
 from experiments.initialization.sweep import Sweep
@@ -31,7 +31,7 @@ def run(config: InitConfig) -> None:
     if config.dry_run:
         raise UsageError("got --dry_run; wanted another task: many models train here at once")
     if config.diagnose:
-        return shared.show(diagnosis.run(config))
+        return reporting.show(diagnosis.run(config))
     part = dataclasses.replace(config, workdir=os.path.join(config.workdir, config.mode))
     sweep = Sweep(config) if config.mode == "sweep" else None  # its data may be missing
     with workdir.claimed(part) as folder:
@@ -44,7 +44,7 @@ def run(config: InitConfig) -> None:
             families = {name: sweep.run(name) for name in config.sweep.families}
             compiled = {what: program.compiled for what, program in sweep.programs.items()}
             text = report.write_sweep(folder, config, families, compiled)
-        shared.show(text)
+        reporting.show(text)
 
 
 if __name__ == "__main__":

@@ -8,21 +8,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
 from deq_jax.training import Config, Diverged, JacConfig, fields, train
-from deq_jax.training.metrics import compute
-from experiments.image_classification import data as image_data
-from experiments.image_classification.presets import PRESETS as IMAGE_PRESETS
-from experiments.image_classification.task import ImageTask
+from experiments.common.run import Experiment
+from experiments.image_classification import main as images
 from experiments.initialization.config import ModelsConfig
-from experiments.language_modeling import data as language_data
-from experiments.language_modeling.presets import PRESETS as LANGUAGE_PRESETS
-from experiments.language_modeling.task import LanguageTask
+from experiments.language_modeling import main as language
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,39 +26,36 @@ class Rival:
 
     Attributes:
       config: its preset, shortened.
-      build: configuration -> task, training data, evaluation data.
+      experiment: of the preset.
       score: name of the metric that is compared.
     """
 
     config: Any
-    build: Callable[[Any], tuple[Any, Any, Any]]
+    experiment: Experiment
     score: str
 
 
-def rivals(config: ModelsConfig, mesh: Mesh) -> dict[str, Rival]:
+def rivals(config: ModelsConfig) -> dict[str, Rival]:
     """The two models.
 
     Args:
       config: names and steps are read.
-      mesh: the devices.
 
     Returns:
       Name of the preset -> model.
     """
-
-    def prose(part: Any) -> tuple[Any, Any, Any]:
-        texts = language_data.build_data(part)
-        words = len(texts.corpus.vocabulary)
-        return LanguageTask(part, mesh, words), texts.train, texts.watched
-
-    def digits(part: Any) -> tuple[Any, Any, Any]:
-        return ImageTask(part, mesh), *image_data.build_data(part)
-
     known = {
-        "prose": Rival(_short(LANGUAGE_PRESETS["prose"], config.steps), prose, "perplexity"),
-        "digits": Rival(_short(IMAGE_PRESETS["digits"], config.steps), digits, "accuracy"),
+        "prose": Rival(
+            _short(language.PRESETS["prose"], config.steps), language.EXPERIMENT, "perplexity"
+        ),
+        "digits": Rival(
+            _short(images.PRESETS["digits"], config.steps), images.EXPERIMENT, "accuracy"
+        ),
     }
-    return {name: known[name] for name in config.names}
+    return {
+        name: dataclasses.replace(known[name], config=_short(known[name].config, config.steps))
+        for name in config.names
+    }
 
 
 def choices(config: ModelsConfig) -> list[tuple[str, float]]:
@@ -99,7 +91,7 @@ def measure(config: ModelsConfig, folder: Path, mesh: Mesh, seed: int = 0) -> li
       training was ended by losses that were not finite).
     """
     records = []
-    for name, rival in rivals(config, mesh).items():
+    for name, rival in rivals(config).items():
         for family, scale in choices(config):
             runs = []
             for k in range(seed, seed + config.seeds):
@@ -115,11 +107,11 @@ def measure(config: ModelsConfig, folder: Path, mesh: Mesh, seed: int = 0) -> li
 
 def _train(rival: Rival, config: Any, mesh: Mesh) -> dict[str, float | None]:
     """The numbers of one training."""
-    task, train_data, eval_data = rival.build(config)
-    summarize = getattr(task, "summarize", compute)
+    data = rival.experiment.open_data(config)
+    task = rival.experiment.build_task(config, mesh, data)
     names = ("score", "start_unsolved", "end_unsolved", "radius")
     try:
-        result = train(task, config, train_data, eval_data, mesh=mesh, summarize=summarize)
+        result = train(task, config, data.train, data.eval, mesh=mesh)
     except Diverged as error:
         sys.stderr.write(f"{error}\n")
         return dict.fromkeys(names) | {"diverged": 1.0}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import deq_jax as deq
-from experiments import report as shared
+from experiments.common import reporting
 from experiments.initialization import draw
 from experiments.initialization.config import FAMILIES, InitConfig, TheoryConfig
 from experiments.initialization.sweep import Family
@@ -58,7 +58,7 @@ norm(z)^2 / norm(x)^2 of z = W z + x with Gaussian x, which L1 predicts.  Steps:
 a relative residual of {part.tol:g}, mean over {part.inputs} x, at most {part.max_steps};
 a percentage: the share that got there.  The second table: measured over predicted.
 """
-    shared.write(folder, text, {"records": [r | _predictions(part, r) for r in records]})
+    reporting.write(folder, text, {"records": [r | _predictions(part, r) for r in records]})
     draw.theory(folder / "theory.png", part, records)
     return text
 
@@ -99,7 +99,7 @@ def _gain_table(config: TheoryConfig, records: Sequence[dict[str, Any]]) -> str:
                 *steps.values(),
             ]
         )
-    return shared.table(header, rows)
+    return reporting.table(header, rows)
 
 
 def _size_table(records: Sequence[dict[str, Any]]) -> str:
@@ -120,7 +120,7 @@ def _size_table(records: Sequence[dict[str, Any]]) -> str:
                     wanted = deq.init.predicted_gain(family, own[f]["scale"])[i]
                     cells.append(np.array(own[f][name]) / wanted)
             rows.append([family, str(size), *(spread(c) for c in cells)])
-    return shared.table(header, rows)
+    return reporting.table(header, rows)
 
 
 def write_sweep(
@@ -158,7 +158,7 @@ models may recover from the last two.  Radius: mean spectral radius of df/dz at 
 Programs compiled: {", ".join(f"{n} for {what}" for what, n in compiled.items())};
 {seconds:.0f} s in all.
 """
-    shared.write(folder, text, _sweep_numbers(config, families, verdicts, compiled))
+    reporting.write(folder, text, _sweep_numbers(config, families, verdicts, compiled))
     draw.sweep(folder / "sweep.png", config, families, verdicts)
     return text
 
@@ -188,7 +188,7 @@ def _width_table(config: InitConfig, verdicts: Mapping[str, Verdict]) -> str:
                 *(_list(sweep.scales, chosen) for chosen in (share == 1, share > 0.5)),
             ]
         )
-    return shared.table(header, rows)
+    return reporting.table(header, rows)
 
 
 def _list(scales: Sequence[float], chosen: np.ndarray) -> str:
@@ -235,7 +235,7 @@ def _family_table(config: InitConfig, name: str, family: Family, verdict: Verdic
                 _divergence(verdict.diverged[i], verdict.cause[i]),
             ]
         )
-    return shared.table(header, rows)
+    return reporting.table(header, rows)
 
 
 def _divergence(steps: np.ndarray, causes: np.ndarray) -> str:
@@ -310,14 +310,14 @@ def write_models(folder: Path, config: InitConfig, records: Sequence[Mapping[str
         rows.append([r["model"], r["family"], scale, f"{metric} {score}"])
         rows[-1] += [cell(r[n], 3, 100) for n in ("start_unsolved", "end_unsolved")]
         rows[-1] += [cell(r["radius"]), f"{sum(r['diverged']):g} of {len(r['diverged'])}"]
-    text = shared.table(header, rows) + "".join(f"\n{line}" for line in _paired(records)) + "\n"
+    text = reporting.table(header, rows) + "".join(f"\n{line}" for line in _paired(records)) + "\n"
     text += f"""
 {config.models.steps} updates without penalty; mean and standard deviation over
 {config.models.seeds} seeds.  Not solved: examples of the first updates, within training's budget;
 of the evaluation, within its larger one.  Radius: spectral, of df/dz, at the end.  Diverged: ended
 by losses that were not finite, and left out of the means.
 """
-    shared.write(folder, text, {"records": records})
+    reporting.write(folder, text, {"records": records})
     draw.models(folder / "models.png", records)
     return text
 

@@ -14,14 +14,15 @@ import numpy as np
 from jax import lax
 
 import deq_jax as deq
-from deq_jax.training import TrainState
+from deq_jax.training import Batch, TrainState
 from deq_jax.training.metrics import Mean
 from deq_jax.training.optim import make_optimizer
 from deq_jax.training.state import split_seed
 from deq_jax.training.step import forward_metrics, make_update
+from deq_jax.training.task import Pass, forward
 from experiments.initialization import data
 from experiments.initialization.config import InitConfig
-from experiments.initialization.task import MLPTask
+from experiments.initialization.task import build_task, draw_scaled
 
 TRACKED = ("loss", "skipped", "unconverged", "bwd_unconverged", "fwd_steps", "grad_norm")
 """Metrics of every training step that are kept."""
@@ -86,7 +87,8 @@ class Sweep:
         """
         self.config = config
         self.train_set, self.test_set, classes = data.build_data(config.data)
-        self.task = MLPTask(config, self.train_set.x.shape[1], classes)
+        self.inputs, self.classes = self.train_set.x.shape[1], classes
+        self.task = build_task(config, self.inputs, classes)
         self.optimizer = make_optimizer(config.optim, config.train.steps)
         self.update = make_update(self.task, config, self.optimizer)
         self.order = data.order(
@@ -116,10 +118,15 @@ class Sweep:
         Returns:
           The state at step 0.
         """
-        params, extra = self.task.init(split_seed(seed)[0], scale, family)
+        task = build_task(self.config, self.inputs, self.classes, family)
+        params = draw_scaled(task, split_seed(seed)[0], scale)
         return TrainState(
-            step=jnp.int32(0), params=params, opt_state=self.optimizer.init(params), extra=extra
+            step=jnp.int32(0), params=params, opt_state=self.optimizer.init(params), extra={}
         )
+
+    def forward(self, params: Any, batch: Batch) -> Pass:
+        """Solves at the evaluation's budget."""
+        return forward(self.task, self.config, params, {}, None, batch)
 
     def run(self, family: str) -> Family:
         """Trains the models of a family, with progress on stderr.
@@ -171,21 +178,17 @@ class Sweep:
     def _evaluate(self, states: TrainState, examples: data.Set) -> Any:
         batches = jnp.arange(len(examples.x)).reshape(-1, self.config.data.eval_batch_size)
 
-        def forward(params: Any, batch: Any) -> Any:
-            return self.task.forward(
-                params, {}, batch, key=None, train=False, warmup=False,
-                max_steps=self.config.eval_steps, probe=None,
-            )  # fmt: skip
-
         def evaluate(state: TrainState) -> dict[str, jax.Array]:
             def one(_: None, places: jax.Array) -> tuple[None, dict[str, Mean]]:
                 batch = examples.batch(places)
-                return None, forward_metrics(forward(state.params, batch), batch)
+                return None, forward_metrics(self.forward(state.params, batch), batch)
 
             _, measured = lax.scan(one, None, batches)
             found = {n: m.total.sum() / m.count.sum() for n, m in measured.items()}
             few = examples.batch(jnp.arange(min(RADIUS_EXAMPLES, len(examples.x))))
-            at = forward(state.params, few).solution.at
+            solution = self.forward(state.params, few).solution
+            assert solution is not None
+            at = solution.at
             radius = deq.spectral_radius(
                 *at, key=jax.random.key(0), iters=self.config.eval.spectral_iters
             )

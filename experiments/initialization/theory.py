@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import deq_jax as deq
-from experiments import initial
+from experiments.common import families
 from experiments.initialization.config import FAMILIES, TheoryConfig
 
 SOLVERS = {
@@ -54,7 +54,7 @@ def _measure_matrix(
     """The numbers of one matrix at every scale."""
     key = jax.random.fold_in(jax.random.key(seed), size)
     draw_key, x_key = jax.random.split(key)
-    unit = initial.FAMILIES[family](1.0)(draw_key, (size, size))
+    unit = families.FAMILIES[family](1.0)(draw_key, (size, size))
     scales = np.array(config.fractions) * deq.init.critical_scale(family)
     x = jax.random.normal(x_key, (config.inputs, size))
     solved = {}

@@ -7,8 +7,8 @@ from typing import Literal
 
 from deq_jax.models.transformer_cell import check_cell
 from deq_jax.training import option, require
-from experiments.initial import FamilyConfig
-from experiments.variants import ComparedConfig
+from experiments.common.compare import ComparedConfig
+from experiments.common.families import FamilyConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

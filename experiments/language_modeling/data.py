@@ -6,10 +6,8 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
 
 from deq_jax.data import corpora, text
 from deq_jax.training import DataIterator, EvalData, UsageError
@@ -23,19 +21,19 @@ class Texts:
     Attributes:
       corpus: the whole.
       train: endless training segments.
-      watched: one pass over what of the validation split is read in training.
+      eval: one pass over what of the validation split is read in training.
       valid: one pass over the validation split.
       test: one pass over the test split.
     """
 
     corpus: text.Corpus
     train: DataIterator
-    watched: EvalData
+    eval: EvalData
     valid: EvalData
     test: EvalData
 
 
-def build_data(config: LanguageConfig) -> Texts:
+def open_data(config: LanguageConfig) -> Texts:
     """Opens a corpus.
 
     Args:
@@ -71,25 +69,6 @@ def build_data(config: LanguageConfig) -> Texts:
 
     watched = held_out("valid", data.watched)
     return Texts(found, train, watched, held_out("valid"), held_out("test"))
-
-
-def shapes(config: LanguageConfig) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """What a training batch over all devices is made of, for `experiments.dry_run`.
-
-    Args:
-      config: data and train are read.
-
-    Returns:
-      Name -> (shape, dtype).
-    """
-    streams = config.train.batch_size
-    whole = (streams, config.data.length)
-    return {
-        "words": (whole, np.int32),
-        "targets": (whole, np.int32),
-        "weight": (whole, np.float32),
-        "fresh": ((streams,), np.float32),
-    }
 
 
 def count_words(data: DataConfig) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from deq_jax.data import corpora, text
+from deq_jax.models.transformer import DEQTransformer, ExplicitTransformer
 from deq_jax.training import UsageError, weights
+from deq_jax.training.task import for_phase, has_solver
 from experiments.language_modeling import data
 from experiments.language_modeling.config import LanguageConfig, SampleConfig
-from experiments.language_modeling.task import LanguageTask
+from experiments.language_modeling.task import build_model
+
+LanguageModel = DEQTransformer | ExplicitTransformer
 
 FOLDERS = ("model", "jr", "no_jr")
 """Where the models of a workdir are, the first one that is there is taken."""
@@ -39,7 +44,7 @@ def run(config: LanguageConfig) -> str:
         vocabulary = data.open_corpus(config.data).vocabulary
     except ValueError as error:
         raise UsageError(str(error)) from error
-    model = LanguageTask(config, None, len(vocabulary))
+    model = build_model(config, None, len(vocabulary))
     params = load(config, model)
     prompt = corpora.words_of(config.generate, lower=config.data.name == "prose")
     known = set(vocabulary.words)
@@ -58,12 +63,12 @@ def run(config: LanguageConfig) -> str:
     )
 
 
-def load(config: LanguageConfig, task: LanguageTask) -> Any:
+def load(config: LanguageConfig, model: LanguageModel) -> Any:
     """Reads weights, all of which must fit.
 
     Args:
       config: init_from and workdir are read.
-      task: the model.
+      model: the network.
 
     Returns:
       Its parameters.
@@ -75,7 +80,10 @@ def load(config: LanguageConfig, task: LanguageTask) -> Any:
     found = [workdir / name for name in FOLDERS if (workdir / name / "checkpoints").exists()]
     folder = Path(config.init_from) if config.init_from else (*found, workdir)[0]
     params, _ = weights.load(folder)
-    wanted = jax.eval_shape(task.init, jax.random.key(0))[0]
+    text = jnp.zeros((1, 1), jnp.int32)
+    start = partial(model.init, train=False)
+    variables = jax.eval_shape(start, jax.random.key(0), text, text, model.empty_memory(1))
+    wanted: Any = variables["params"]
     advice = "give the preset, the text and the settings of model that it was trained with"
     weights.require_fit(params, wanted, folder, advice)
     print(f"weights of {folder}")
@@ -84,7 +92,7 @@ def load(config: LanguageConfig, task: LanguageTask) -> Any:
 
 def sample(
     config: LanguageConfig,
-    task: LanguageTask,
+    model: LanguageModel,
     params: Any,
     prompt: np.ndarray,
     banned: Sequence[int] = (),
@@ -93,7 +101,7 @@ def sample(
 
     Args:
       config: sample, data.eval_memory and the evaluation's budget are read.
-      task: the model.
+      model: the network.
       params: its parameters.
       prompt: int [P].
       banned: words never drawn.
@@ -102,8 +110,9 @@ def sample(
       int [sample.count, sample.words].
     """
     part = config.sample
-    memory = task.model.empty_memory(part.count, config.data.eval_memory)
-    model = config.in_phase(task.model, train=False, warmup=False)
+    memory = model.empty_memory(part.count, config.data.eval_memory)
+    if has_solver(model):
+        model = for_phase(model, config, train=False)
 
     @jax.jit
     def step(params: Any, words: jax.Array, memory: Any, key: jax.Array) -> Any:

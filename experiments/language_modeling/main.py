@@ -13,42 +13,29 @@ weights of another run, or from converted ones (deq_jax.convert.transformer).
 from __future__ import annotations
 
 import sys
-from functools import partial
 
 import jax
 
 from deq_jax.training import flags
-from deq_jax.training.parallel import make_mesh
-from experiments import diagnose, dry_run
-from experiments import report as shared
+from experiments.common.reporting import Trained
+from experiments.common.run import Experiment, run
 from experiments.language_modeling import generate, report
 from experiments.language_modeling.config import LanguageConfig
-from experiments.language_modeling.data import build_data, count_words, shapes
+from experiments.language_modeling.data import open_data
 from experiments.language_modeling.presets import PRESETS
-from experiments.language_modeling.task import LanguageTask
-from experiments.variants import parts, train_all
+from experiments.language_modeling.task import build_task
+
+EXPERIMENT = Experiment(open_data=open_data, build_task=build_task, write_report=report.write)
 
 
-def run(config: LanguageConfig) -> dict[str, report.Trained]:
-    """Trains "no_jr" and "jr" for a comparison, else "model", or continues a text."""
+def main(config: LanguageConfig) -> dict[str, Trained]:
+    """Continues a text, or runs the experiment."""
     if config.generate:
         sys.stdout.write(generate.run(config) + "\n")
         return {}
-    mesh = make_mesh()
-    if config.dry_run:
-        make_task = partial(LanguageTask, mesh=mesh, words=count_words(config.data))
-        shared.show(dry_run.run(parts(config), make_task, shapes(config), mesh))
-        return {}
-    texts = build_data(config)  # before anything is written: it may be missing
-    make_task = partial(LanguageTask, mesh=mesh, words=len(texts.corpus.vocabulary))
-    if config.diagnose:
-        shared.show(diagnose.run(parts(config), make_task, texts.train, mesh, LanguageTask.x_axes))
-        return {}
-    folder, trained = train_all(config, make_task, texts.train, texts.watched, mesh)
-    shared.show(report.write(folder, config, trained, texts, mesh))
-    return trained
+    return run(EXPERIMENT, config)
 
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 2)  # each solves half of the streams, on one core
-    flags.run(run, PRESETS, default="prose")
+    flags.run(main, PRESETS, default="prose")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,10 +11,10 @@ from jax.sharding import Mesh
 
 from deq_jax.data.text import unigram_perplexity
 from deq_jax.training import Batch, EvalData, Evaluator, distributed
-from experiments import report as shared
+from experiments.common import reporting
+from experiments.common.reporting import NAMES, STYLES, Trained
 from experiments.language_modeling.config import LanguageConfig
 from experiments.language_modeling.data import Texts
-from experiments.report import NAMES, STYLES, Trained
 
 
 def measure(config: LanguageConfig, model: Trained, texts: Texts, mesh: Mesh) -> dict[str, Any]:
@@ -33,13 +32,13 @@ def measure(config: LanguageConfig, model: Trained, texts: Texts, mesh: Mesh) ->
       "spectral_radius", "penalty", at the largest budget on the validation text.
     """
     task, state = model.task, model.result.state
-    evaluator = Evaluator(task, config, texts.valid, mesh=mesh, summarize=task.summarize)
+    evaluator = Evaluator(task, config, texts.valid, mesh=mesh)
     valid, test = (
         evaluator(state, _told(f"{name} text", data))
         for name, data in (("validation", texts.valid), ("test", texts.test))
     )
     main = valid[config.eval_steps]
-    numbers = shared.training_numbers(config, model.result)
+    numbers = reporting.training_numbers(config, model.result)
     rate = numbers["examples_per_second"]
     return numbers | {
         "valid": {budget: values["perplexity"] for budget, values in valid.items()},
@@ -55,14 +54,13 @@ def measure(config: LanguageConfig, model: Trained, texts: Texts, mesh: Mesh) ->
 
 def _told(label: str, data: EvalData) -> EvalData:
     """Says when a pass begins, since one may take minutes."""
-    begun = itertools.count(1)
 
-    def passes() -> Iterable[Batch]:
+    def one_pass() -> Iterable[Batch]:
         if distributed.is_first():
-            sys.stderr.write(f"reading the {label}, pass {next(begun)}\n")
+            sys.stderr.write(f"reading the {label}\n")
         return data()
 
-    return passes
+    return one_pass
 
 
 def write(
@@ -101,7 +99,7 @@ def write(
     if stability := over_training(trained):
         text += f"\nOver training:\n\n{stability}"
     facts = {"unigram": unigram, "words": words, "predicted": predicted}
-    shared.write(folder, text, columns | facts)
+    reporting.write(folder, text, columns | facts)
     draw(folder / "results.png", config, trained, columns, unigram["valid"])
     return text
 
@@ -149,7 +147,7 @@ def make_table(
         row("seconds per training step", "seconds_per_step", ".4f"),
         row("words per second in training", "tokens_per_second", ",.0f"),
     ]
-    return shared.table(["text", *(NAMES[n] for n in columns)], [r for r in rows if r])
+    return reporting.table(["text", *(NAMES[n] for n in columns)], [r for r in rows if r])
 
 
 def over_training(trained: Mapping[str, Trained]) -> str:
@@ -183,7 +181,7 @@ def over_training(trained: Mapping[str, Trained]) -> str:
         rows.append(
             [str(step), *(c for p, r, s in cells for c in (f"{p:.1f}", f"{r:.4f}", f"{s:.2f}"))]
         )
-    return shared.table(header, rows) if rows else ""
+    return reporting.table(header, rows) if rows else ""
 
 
 def draw(
@@ -204,18 +202,18 @@ def draw(
     """
     solves = config.model.name == "deq"
     count = 4 if solves else 2
-    figure, (axes,) = shared.new_figure(1, count, (4.6 * count, 4.2))
+    figure, (axes,) = reporting.new_figure(1, count, (4.6 * count, 4.2))
     for name, model in trained.items():
         history = model.result.history
-        shared.draw_history(axes[0], name, history, "train", "perplexity")
+        reporting.draw_history(axes[0], name, history, "train", "perplexity")
         if solves:
             budgets = sorted(columns[name]["valid"])
             values = [columns[name]["valid"][b] for b in budgets]
             axes[1].plot(budgets, values, label=NAMES[name], **STYLES[name])
-            shared.draw_history(axes[2], name, history, "train", "fwd_residual")
-            shared.draw_history(axes[3], name, history, "eval", "spectral_radius")
+            reporting.draw_history(axes[2], name, history, "train", "fwd_residual")
+            reporting.draw_history(axes[3], name, history, "eval", "spectral_radius")
         else:
-            shared.draw_history(axes[1], name, history, "eval", "perplexity")
+            reporting.draw_history(axes[1], name, history, "eval", "perplexity")
     axes[0].set(xlabel="training step", ylabel="perplexity", yscale="log")
     axes[0].axhline(unigram, color="0.4", linewidth=1, linestyle=":", label="unigram, validation")
     axes[0].set_title("Training")
@@ -229,7 +227,7 @@ def draw(
         axes[1].set(xlabel="training step", title="Validation")
     for axis in axes:
         axis.legend(frameon=False)
-    shared.save(figure, path)
+    reporting.save(figure, path)
 
 
 def _label_solves(axes: Any, config: LanguageConfig) -> None:

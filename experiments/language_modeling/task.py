@@ -15,100 +15,68 @@ from jax.sharding import Mesh
 from deq_jax.models.embeddings import AdaptiveEmbedding
 from deq_jax.models.transformer import DEQTransformer, ExplicitTransformer
 from deq_jax.models.transformer_cell import Memory, TransformerCell
-from deq_jax.training import Batch, Mean, Output, UsageError, metrics
-from deq_jax.training.parallel import make_fixed_point, sharded_map
-from deq_jax.training.placement import require_even
-from deq_jax.training.task import CARRY
+from deq_jax.training import Batch, Mean, Task, UsageError, metrics
+from deq_jax.training.parallel import make_fixed_point, require_even, sharded_map
 from experiments.language_modeling.config import LanguageConfig
+from experiments.language_modeling.data import Texts, count_words
 
 
-class LanguageTask:
+def build_task(config: LanguageConfig, mesh: Mesh, data: Texts | None = None) -> Task:
     """Mean negative log-likelihood of the next word, with a memory that is carried on.
 
-    Attributes:
-      x_axes: which operands of a solve are split by streams, for `sharded_fixed_point`.
+    Args:
+      config: the whole configuration.
+      mesh: the devices over which solve and softmax are split.
+      data: the texts, whose vocabulary is read; None to count its words without opening Wikipedia.
+
+    Returns:
+      The task.
+
+    Raises:
+      UsageError: an evaluation batch does not divide by the devices; the cutoffs do not fit the
+        vocabulary.
     """
+    part, streams = config.data, config.train.batch_size
+    require_even("data.eval_batch_size", part.eval_batch_size, mesh.size)
+    words = count_words(part) if data is None else len(data.corpus.vocabulary)
+    model = build_model(config, mesh, words)
 
-    x_axes = TransformerCell.x_axes
-
-    def __init__(self, config: LanguageConfig, mesh: Mesh | None, words: int) -> None:
-        """Wires the model.
-
-        Args:
-          config: all but optim is read.
-          mesh: the devices over which solve and softmax are split; None for one device.
-          words: size of the vocabulary.
-
-        Raises:
-          UsageError: a batch does not divide by the devices.
-        """
-        devices = 1 if mesh is None else mesh.size
-        sizes = {
-            "train.batch_size": config.train.batch_size,
-            "data.eval_batch_size": config.data.eval_batch_size,
-        }
-        for name, size in sizes.items():
-            require_even(name, size, devices)
-        self._config = config
-        self.model = build_model(config, mesh, words)
-
-    def init(self, key: jax.Array) -> tuple[Any, Any]:
-        """Draws the initial weights; see `deq_jax.training.Task`."""
-        # One word in every stream; the weights do not depend on the solve.
-        text = jnp.zeros((self._config.train.batch_size, 1), jnp.int32)
-        memory = self.model.empty_memory(len(text), 0)
-        variables: Any = self.model.init(key, text, text, memory, train=False, max_steps=0)
-        return variables["params"], {}
-
-    def carry(self, *, train: bool) -> Memory:
-        """An empty memory; see `deq_jax.training.task.Carrying`."""
-        data = self._config.data
+    def carry(train: bool) -> Memory:
         if train:
-            return self.model.empty_memory(self._config.train.batch_size)
-        return self.model.empty_memory(data.eval_batch_size, data.eval_memory)
+            return model.empty_memory(streams)
+        return model.empty_memory(part.eval_batch_size, part.eval_memory)
 
-    def forward(
-        self,
-        params: Any,
-        extra: Any,
-        batch: Batch,
-        *,
-        key: jax.Array | None,
-        train: bool,
-        warmup: bool,
-        max_steps: int | jax.Array,
-        probe: Any,
-    ) -> Output:
-        """Loss of a batch of segments; see `deq_jax.training.Task`."""
-        memory = extra[CARRY]
-        memory = dataclasses.replace(memory, filled=jnp.where(batch["fresh"] > 0, 0, memory.filled))
-        model = self._config.in_phase(self.model, train=train, warmup=warmup)
-        applied: Any = model.apply(
-            {"params": params},
-            batch["words"],
-            batch["targets"],
-            memory,
-            train=train,
-            max_steps=max_steps,
-            probe=probe,
-            rngs={"dropout": key} if key is not None else None,
-        )
-        nll, reading = applied
-        weight = batch["weight"]
-        count = weight.sum()
-        return Output(
-            loss=(nll * weight).sum() / jnp.maximum(count, 1),
-            sums={"count": count},
-            extra={CARRY: reading.memory},
-            solution=reading.solution,
-        )
+    def inputs(batch: Batch, memory: Memory) -> tuple[Any, ...]:
+        filled = jnp.where(batch["fresh"] > 0, 0, memory.filled)
+        return batch["words"], batch["targets"], dataclasses.replace(memory, filled=filled)
 
-    def summarize(self, sums: Mapping[str, Mean]) -> dict[str, float]:
-        """Means, and the perplexity that goes with the loss."""
-        values = metrics.compute(sums)
-        if "loss" in values:  # not where every update was left out
-            values["perplexity"] = math.exp(min(values["loss"], 100))
-        return values
+    def loss(output: tuple[jax.Array, Memory], batch: Batch) -> dict[str, Mean]:
+        return {"loss": Mean((output[0] * batch["weight"]).sum(), batch["weight"].sum())}
+
+    whole = (streams, part.length)
+    return Task(
+        model=model,
+        inputs=inputs,
+        loss=loss,
+        sample={
+            "words": jax.ShapeDtypeStruct(whole, jnp.int32),
+            "targets": jax.ShapeDtypeStruct(whole, jnp.int32),
+            "weight": jax.ShapeDtypeStruct(whole, jnp.float32),
+            "fresh": jax.ShapeDtypeStruct((streams,), jnp.float32),
+        },
+        carry=carry,
+        leave=lambda output: output[1],
+        x_axes=TransformerCell.x_axes,
+        summarize=summarize,
+    )
+
+
+def summarize(means: Mapping[str, Mean]) -> dict[str, float]:
+    """Means, and the perplexity that goes with the loss."""
+    values = metrics.compute(means)
+    if "loss" in values:  # not where every update was left out
+        values["perplexity"] = math.exp(min(values["loss"], 100))
+    return values
 
 
 def build_model(
@@ -165,6 +133,6 @@ def build_model(
         solver=config.build_solver(),
         adjoint=config.backward.build_adjoint(),
         keep=config.solver.keep,
-        fixed_point=make_fixed_point(config, mesh, LanguageTask.x_axes),
+        fixed_point=make_fixed_point(config, mesh, TransformerCell.x_axes),
         **common,
     )

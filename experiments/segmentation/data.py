@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
-import jax
 import numpy as np
 
-from deq_jax.data import images, pipeline, segmentation, sources
-from deq_jax.data.records import Reader
+from deq_jax.data import images, segmentation, sources
+from deq_jax.data.records import Readable, Reader
 from deq_jax.data.segmentation import Classes
-from deq_jax.training import DataIterator, EvalData, UsageError
-from experiments import corrupt, trunk
+from deq_jax.training import UsageError
+from experiments.common import mdeq
+from experiments.common.image_data import Images, open_images
 from experiments.segmentation.config import SegmentationConfig
 
 CLASSES = {"camvid": segmentation.CAMVID, "cityscapes": segmentation.CITYSCAPES}
@@ -26,79 +25,46 @@ NORMALIZE = images.IMAGENET
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Sets:
-    """Images to train on and to evaluate on.
+class Sets(Images):
+    """Images to train on and to evaluate on; labels are classes, 255 for none.
 
     Attributes:
-      train: endless batches: "image" float32 [B, H, W, 3], "label" int32 [B, H, W] with 255 for no
-        label, "mask" float32 [B]; the part of this process.
-      eval: gives one pass over the evaluation images at full size, likewise.
-      source: all evaluation images as they are: "image" uint8 [H, W, 3], "label" uint8 [H, W]; in
-        the place of one that was left out stands the next.
       classes: names and colours.
       weights: of the classes in the loss, float [classes].
     """
 
-    train: DataIterator
-    eval: EvalData
-    source: pipeline.Source
     classes: Classes
     weights: np.ndarray
 
 
-@corrupt.in_words()
-def build_data(config: SegmentationConfig) -> Sets:
+def open_data(config: SegmentationConfig) -> Sets:
     """Opens the set.
 
     Args:
       config: model, data and train are read.
 
     Returns:
-      Its two parts.
+      Its two parts.  In the place of an evaluation image that cannot be read stands the next.
 
     Raises:
       MissingData: the set is not prepared.
       UsageError: it does not fit the model or the number of processes; a record cannot be read,
         which the batches also raise.
     """
-    data, processes, classes = config.data, jax.process_count(), choose_classes(config)
+    data, classes = config.data, choose_classes(config)
     train, test = (open_set(config, split) for split in (data.train_split, data.eval_split))
     frame = Reader(test, on_corrupt=data.on_corrupt).first()["label"]
     try:
-        trunk.check_size(config.model, *frame.shape)
+        mdeq.check_size(config.model, *frame.shape)
     except ValueError as error:
         raise UsageError(f"{data.name} at full size: {error}") from None
-    for name, size in (
-        ("train.batch_size", config.train.batch_size),
-        ("data.eval_batch_size", data.eval_batch_size),
-    ):
-        if size % processes:
-            raise UsageError(f"{name} must divide by the {processes} processes, got {size}")
-    shard = jax.process_index(), processes
     height, width = data.crop
-    batches = pipeline.train_iterator(
-        train,
-        batch_size=config.train.batch_size // processes,
-        seed=config.train.seed,
-        transform=NORMALIZE,
-        augment=segmentation.RandomScaleCropFlip(height, width, data.scale_low, data.scale_high),
-        shard=shard,
-        workers=data.workers,
-        on_corrupt=data.on_corrupt,
-    )
-    one_pass = functools.partial(
-        pipeline.eval_batches,
-        test,
-        batch_size=data.eval_batch_size // processes,
-        transform=NORMALIZE,
-        shard=shard,
-        threads=data.workers,
-        on_corrupt=data.on_corrupt,
-    )
+    crop = segmentation.RandomScaleCropFlip(height, width, data.scale_low, data.scale_high)
+    opened = open_images(config, train, test, transform=NORMALIZE, augment=crop)
     return Sets(
-        train=corrupt.Training(batches),
-        eval=corrupt.passes(one_pass),
-        source=corrupt.Readable(test, data.on_corrupt),
+        train=opened.train,
+        eval=opened.eval,
+        source=Readable(test, data.on_corrupt),
         classes=classes,
         weights=choose_weights(config, classes, train),
     )
@@ -123,19 +89,6 @@ def choose_classes(config: SegmentationConfig) -> Classes:
             f"{config.model.classes}"
         )
     return classes
-
-
-def shapes(config: SegmentationConfig) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """What a training batch over all devices is made of, for `experiments.dry_run`.
-
-    Args:
-      config: data and train are read.
-
-    Returns:
-      Name -> (shape, dtype).
-    """
-    place = (config.train.batch_size, *config.data.crop)
-    return {"image": ((*place, 3), np.float32), "label": (place, np.int32)}
 
 
 def open_set(config: SegmentationConfig, split: str) -> Any:

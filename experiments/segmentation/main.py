@@ -14,36 +14,16 @@ from __future__ import annotations
 from functools import partial
 
 import jax
-import numpy as np
 
 from deq_jax.training import flags
-from deq_jax.training.parallel import make_mesh
-from experiments import diagnose, dry_run
-from experiments import report as shared
-from experiments.segmentation import data, presets, report
-from experiments.segmentation.config import SegmentationConfig
-from experiments.segmentation.task import SegmentationTask
-from experiments.variants import parts, train_all
+from experiments.common.run import Experiment, run
+from experiments.segmentation import report
+from experiments.segmentation.data import open_data
+from experiments.segmentation.presets import PRESETS
+from experiments.segmentation.task import build_task
 
-
-def run(config: SegmentationConfig) -> dict[str, report.Trained]:
-    """Trains "no_jr" and "jr" for a comparison, else "model"; writes the report."""
-    mesh, names = make_mesh(), data.choose_classes(config).names
-    make_task = partial(SegmentationTask, mesh=mesh, names=names)
-    if config.dry_run:
-        equal = partial(make_task, weights=np.ones(len(names)))
-        shared.show(dry_run.run(parts(config), equal, data.shapes(config), mesh))
-        return {}
-    sets = data.build_data(config)  # before anything is written: it may be missing
-    make_task = partial(make_task, weights=sets.weights)
-    if config.diagnose:
-        shared.show(diagnose.run(parts(config), make_task, sets.train, mesh))
-        return {}
-    folder, trained = train_all(config, make_task, sets.train, sets.eval, mesh)
-    shared.show(report.write(folder, config, trained, sets, mesh))
-    return trained
-
+EXPERIMENT = Experiment(open_data=open_data, build_task=build_task, write_report=report.write)
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 2)  # small convolutions use one core each
-    flags.run(run, presets.PRESETS, default="camvid_small")
+    flags.run(partial(run, EXPERIMENT), PRESETS, default="camvid_small")

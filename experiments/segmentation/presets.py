@@ -39,7 +39,7 @@ from __future__ import annotations
 import dataclasses
 
 from deq_jax.training import EvalConfig, JacConfig, OptimConfig, TrainConfig
-from experiments import trunk
+from experiments.common import mdeq
 from experiments.segmentation.config import DataConfig, ModelConfig, SegmentationConfig
 
 CITYSCAPES_EXAMPLES = 2975
@@ -97,7 +97,7 @@ CITYSCAPES_SMALL = SegmentationConfig(
     optim=CITYSCAPES_SGD,
     train=cityscapes_schedule(12, 60_000),
     eval=EvalConfig(budgets=(9, 18), spectral_batches=1, spectral_iters=50),
-    **trunk.broyden(27, 30, "abs"),
+    **mdeq.broyden(27, 30, "abs"),
 )
 LARGE_SGD = dataclasses.replace(CITYSCAPES_SGD, weight_decay=3e-4)
 
@@ -141,6 +141,6 @@ PRESETS = {
             checkpoint_every=500,
         ),
         eval=EvalConfig(max_steps=12, budgets=(2, 4, 8), spectral_batches=1, spectral_iters=50),
-        **trunk.broyden(8, 8, "rel"),
+        **mdeq.broyden(8, 8, "rel"),
     ),
 }

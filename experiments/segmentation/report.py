@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deq_jax.data.pipeline import Record, Source
-from deq_jax.training.parallel import replicated
-from deq_jax.training.placement import place
-from experiments import report as shared
-from experiments.report import NAMES, Trained
+from deq_jax.models.layers import resize_bilinear
+from deq_jax.training.parallel import place, replicated
+from deq_jax.training.task import forward
+from experiments.common import reporting
+from experiments.common.reporting import NAMES, Trained
 from experiments.segmentation.config import SegmentationConfig
-from experiments.segmentation.data import NORMALIZE, Sets
+from experiments.segmentation.data import NORMALIZE, Sets, choose_classes
 
 IGNORED = np.asarray([40, 40, 40], np.uint8)
 """Colour of pixels without a label."""
@@ -37,10 +39,10 @@ def measure(config: SegmentationConfig, model: Trained) -> dict[str, Any]:
     """
     final = model.result.evaluation
     main = final[config.eval_steps]
-    return shared.training_numbers(config, model.result) | {
+    return reporting.training_numbers(config, model.result) | {
         "miou": {budget: values.get("miou") for budget, values in final.items()},
         "accuracy": main.get("accuracy"),
-        "iou": {name: main.get(f"iou/{name}") for name in model.task.names},
+        "iou": {name: main.get(f"iou/{name}") for name in choose_classes(config).names},
         "steps": main.get("fwd_steps"),
         "unconverged": main.get("unconverged"),
         "spectral_radius": main.get("spectral_radius"),
@@ -69,7 +71,7 @@ def write(
     """
     columns = {name: measure(config, model) for name, model in trained.items()}
     text = make_table(config, columns)
-    shared.write(folder, text, columns)
+    reporting.write(folder, text, columns)
     draw(folder / "predictions.png", config, trained, sets, mesh)
     return text
 
@@ -113,7 +115,7 @@ def make_table(config: SegmentationConfig, columns: Mapping[str, Mapping[str, An
         simple("images per second in training", "examples_per_second", ".1f"),
     ]
     part = config.data
-    text = shared.table([f"{part.name}, {part.eval_split}", *(NAMES[n] for n in columns)], rows)
+    text = reporting.table([f"{part.name}, {part.eval_split}", *(NAMES[n] for n in columns)], rows)
     text += (
         f"\nA step is one evaluation of f.  IoU of the classes at {plural(limit)}; mIoU is their "
         "mean, over the pixels\nof the whole set at once.  Penalty: norm(df/dz)_F^2 / number of "
@@ -153,13 +155,20 @@ def predict(
     Returns:
       For each example int32 [H, W].
     """
-    step = jax.jit(model.task.predict, out_shardings=replicated(mesh))
+
+    @partial(jax.jit, out_shardings=replicated(mesh))
+    def step(params: Any, extra: Any, batch: Any) -> jax.Array:
+        scores = forward(model.task, config, params, extra, None, batch).output
+        return jnp.argmax(resize_bilinear(scores, batch["label"].shape[1:]), -1).astype(jnp.int32)
+
     state, found = model.result.state, []
     for record in chosen:  # one at a time, a copy on each device: they may be large
-        copies = np.stack([NORMALIZE(record)["image"]] * mesh.local_mesh.size)
-        batch = place({"image": copies, "mask": np.ones(len(copies), np.float32)}, mesh)
-        budget = jnp.int32(config.eval_steps)
-        found.append(np.asarray(step(state.params, state.extra, batch["image"], budget))[0])
+        copies = {
+            name: np.stack([value] * mesh.local_mesh.size)
+            for name, value in NORMALIZE(record).items()
+        }
+        batch = place({**copies, "mask": np.ones(mesh.local_mesh.size, np.float32)}, mesh)
+        found.append(np.asarray(step(state.params, state.extra, batch))[0])
     return found
 
 
@@ -192,7 +201,7 @@ def draw(
         columns[title] = [paint(labels, palette) for labels in found]
     count, (height, width) = len(chosen), chosen[0]["label"].shape
     size = (3.3 * len(columns), 3.3 * height / width * count + 1.0)
-    figure, axes = shared.new_figure(count, len(columns), size)
+    figure, axes = reporting.new_figure(count, len(columns), size)
     for j, (title, pictures) in enumerate(columns.items()):
         axes[0, j].set_title(title)
         for i, shown in enumerate(pictures):
@@ -204,7 +213,7 @@ def draw(
         for name, color in zip(names, [*palette, IGNORED], strict=True)
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-    shared.save(figure, path)
+    reporting.save(figure, path)
 
 
 def paint(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,13 @@ from jax.sharding import Mesh
 
 from deq_jax.models.heads import SegmentationHead
 from deq_jax.models.layers import resize_bilinear
-from deq_jax.training import Batch, Mean, Output, metrics
-from experiments import trunk
+from deq_jax.training import Batch, Mean, Task, metrics
+from experiments.common import mdeq
 from experiments.segmentation.config import SegmentationConfig
+from experiments.segmentation.data import Sets, choose_classes
 
 
-class SegmentationTask:
+def build_task(config: SegmentationConfig, mesh: Mesh, data: Sets | None = None) -> Task:
     """Weighted cross-entropy of every pixel that has a label.
 
         loss = sum_p w[y_p] nll_p / sum_p w[y_p],  p: the labelled pixels of the whole batch
@@ -26,127 +27,56 @@ class SegmentationTask:
     Scores stand at the resolution of the finest branch and are resized to that of the labels first,
     bilinearly, without aligned corners: the published criterion.  There each device divides by its
     own pixels and the devices are averaged; here the number of devices changes nothing.
+
+    Args:
+      config: the whole configuration.
+      mesh: the devices over which the solve is split.
+      data: holds the weights of the classes; None for equal weights.
+
+    Returns:
+      The task.
     """
+    part, names = config.model, choose_classes(config).names
+    weights = np.ones(len(names)) if data is None else data.weights
 
-    def __init__(
-        self,
-        config: SegmentationConfig,
-        mesh: Mesh,
-        *,
-        names: Sequence[str],
-        weights: np.ndarray,
-    ) -> None:
-        """Wires the model.
+    def loss(scores: jax.Array, batch: Batch) -> dict[str, Mean]:
+        scores = resize_bilinear(scores, batch["label"].shape[1:])  # [B, H, W, classes]
+        return pixel_loss(scores, batch["label"], batch["mask"], jnp.asarray(weights, jnp.float32))
 
-        Args:
-          config: all but optim is read.
-          mesh: the devices over which the solve is split.
-          names: of the classes.
-          weights: of the classes in the loss, float [classes].
+    return Task(
+        model=mdeq.build_mdeq(config, part, SegmentationHead(part.classes, part.momentum), mesh),
+        inputs=lambda batch, carry: (batch["image"],),
+        loss=loss,
+        sample=mdeq.image_shapes(config, (*config.data.crop, 3), config.data.crop),
+        summarize=partial(summarize, names),
+    )
 
-        Raises:
-          ValueError: names or weights of another number of classes than the model's.
-        """
-        part = config.model
-        if len(names) != part.classes or np.shape(weights) != (part.classes,):
-            raise ValueError(
-                f"got {len(names)} names and weights of shape {np.shape(weights)}; wanted "
-                f"model.classes = {part.classes} of each"
-            )
-        self._config = config
-        self.names, self.weights = tuple(names), np.asarray(weights, np.float32)
-        self._sample = (mesh.size, *config.data.crop, 3)
-        self.model = trunk.build_mdeq(
-            config, part, SegmentationHead(part.classes, part.momentum), mesh
-        )
 
-    def init(self, key: jax.Array) -> tuple[Any, Any]:
-        """Draws the initial weights; see `deq_jax.training.Task`."""
-        return trunk.init(self.model, key, jnp.zeros(self._sample))
+def summarize(names: Sequence[str], means: Mapping[str, Mean]) -> dict[str, float]:
+    """Turns merged means into numbers.
 
-    def forward(
-        self,
-        params: Any,
-        extra: Any,
-        batch: Batch,
-        *,
-        key: jax.Array | None,
-        train: bool,
-        warmup: bool,
-        max_steps: int | jax.Array,
-        probe: Any,
-    ) -> Output:
-        """Loss and confusion matrix of a batch; see `deq_jax.training.Task`."""
-        scores, solution, extra = trunk.forward(
-            self._config.in_phase(self.model, train=train, warmup=warmup),
-            params,
-            extra,
-            batch["image"],
-            key=key,
-            train=train,
-            max_steps=max_steps,
-            probe=probe,
-        )
-        _, height, width = batch["label"].shape
-        scores = resize_bilinear(scores, (height, width))  # [B, H, W, classes]
-        loss, sums = pixel_loss(scores, batch["label"], batch["mask"], jnp.asarray(self.weights))
-        return Output(loss=loss, sums=sums, extra=extra, solution=solution, weight=sums["weight"])
+    Args:
+      names: of the classes.
+      means: of one pass, or of the steps since the last line of metrics.
 
-    def predict(
-        self, params: Any, extra: Any, images: jax.Array, max_steps: int | jax.Array
-    ) -> jax.Array:
-        """The most likely class of every pixel.
-
-        Args:
-          params: trained parameters.
-          extra: batch statistics.
-          images: float [B, H, W, 3].
-          max_steps: budget of the solve.
-
-        Returns:
-          int32 [B, H, W].
-        """
-        scores, _, _ = trunk.forward(
-            self._config.in_phase(self.model, train=False, warmup=False),
-            params,
-            extra,
-            images,
-            key=None,
-            train=False,
-            max_steps=max_steps,
-            probe=None,
-        )
-        _, height, width, _ = images.shape
-        return jnp.argmax(resize_bilinear(scores, (height, width)), -1).astype(jnp.int32)
-
-    def summarize(self, means: Mapping[str, Mean]) -> dict[str, float]:
-        """Turns merged sums into numbers: the hook of `train` and `evaluate`.
-
-        Args:
-          means: of one pass, or of the steps since the last line of metrics.
-
-        Returns:
-          What `metrics.compute` makes of the others, and "loss" (over all pixels at once), "miou",
-          "accuracy" (share of the pixels that are right), and "iou/<class>" of the classes that
-          occur.
-        """
-        own = ("nll", "weight", "confusion")
-        values = metrics.compute({k: m for k, m in means.items() if k not in own})
-        weight = float(means["weight"].total)
-        values["loss"] = float(means["nll"].total) / weight if weight else 0.0
-        matrix = np.asarray(means["confusion"].total, np.float64)
-        each = iou(matrix)
-        if matrix.sum() > 0:
-            values["miou"] = float(np.nanmean(each))
-            values["accuracy"] = float(np.trace(matrix) / matrix.sum())
-        pairs = zip(self.names, each, strict=True)
-        return values | {f"iou/{name}": float(v) for name, v in pairs if not np.isnan(v)}
+    Returns:
+      What `metrics.compute` makes of the others, and from the confusion matrix "miou", "accuracy"
+      (share of the pixels that are right), and "iou/<class>" of the classes that occur.
+    """
+    values = metrics.compute({name: mean for name, mean in means.items() if name != "confusion"})
+    matrix = np.asarray(means["confusion"].total, np.float64)
+    each = iou(matrix)
+    if matrix.sum() > 0:
+        values["miou"] = float(np.nanmean(each))
+        values["accuracy"] = float(np.trace(matrix) / matrix.sum())
+    pairs = zip(names, each, strict=True)
+    return values | {f"iou/{name}": float(v) for name, v in pairs if not np.isnan(v)}
 
 
 def pixel_loss(
     scores: jax.Array, labels: jax.Array, mask: jax.Array, weights: jax.Array
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Weighted mean of the cross-entropy over pixels, and the sums of a batch.
+) -> dict[str, Mean]:
+    """Weighted mean of the cross-entropy over pixels, and their confusion matrix.
 
     Args:
       scores: float [B, H, W, classes].
@@ -155,8 +85,7 @@ def pixel_loss(
       weights: float [classes].
 
     Returns:
-      The loss, 0 if no pixel counts, and "nll" and "weight" (its numerator and denominator),
-      "confusion" and "count" (pixels, int32).
+      "loss", and "confusion" (int32 [classes, classes]) over the number of pixels.
     """
     classes, labels = scores.shape[-1], labels.astype(jnp.int32)
     counted = (labels >= 0) & (labels < classes) & (mask.reshape(-1, 1, 1) > 0)
@@ -164,14 +93,9 @@ def pixel_loss(
     weight = weights.astype(scores.dtype)[labels] * counted
     nll = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
     # where() because a padded image may have any scores, and 0 * inf would spoil the sum.
-    nll, weight = jnp.where(counted, nll * weight, 0).sum(), weight.sum()
-    predicted = jnp.argmax(scores, axis=-1)
-    return nll / jnp.where(weight > 0, weight, 1), {
-        "nll": nll,
-        "weight": weight,
-        "confusion": confusion_matrix(labels, predicted, counted, classes),
-        "count": counted.sum(),
-    }
+    nll = jnp.where(counted, nll * weight, 0).sum()
+    confusion = confusion_matrix(labels, jnp.argmax(scores, axis=-1), counted, classes)
+    return {"loss": Mean(nll, weight.sum()), "confusion": Mean(confusion, counted.sum())}
 
 
 def confusion_matrix(

@@ -28,7 +28,7 @@ from deq_jax.training import (
     option,
     require,
 )
-from experiments.initial import FamilyConfig
+from experiments.common.families import FamilyConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,45 +8,19 @@ fixed_point_map.png beside them.  About 1.5 minutes on 2 CPU cores.
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
-from pathlib import Path
 
-import numpy as np
+from deq_jax.training import flags
+from experiments.common.run import Experiment, run
+from experiments.toy_regression import report, task
+from experiments.toy_regression.config import PRESETS
 
-from deq_jax.training import flags, train, workdir
-from deq_jax.training.parallel import make_mesh
-from experiments import diagnose, dry_run
-from experiments import report as shared
-from experiments.toy_regression import report
-from experiments.toy_regression.config import PRESETS, ToyConfig
-from experiments.toy_regression.task import ToyTask, build_data
-
-
-def run(config: ToyConfig) -> dict[float, report.Trained]:
-    """Trains all models, gamma -> model, and writes the report."""
-    mesh, folder, parts = make_mesh(), Path(config.workdir).expanduser().absolute(), {}
-    for gamma in config.gammas:
-        jac, name = dataclasses.replace(config.jac, gamma=gamma), f"gamma_{gamma:g}"
-        parts[gamma] = dataclasses.replace(config, workdir=str(folder / name), jac=jac)
-    named = {f"gamma = {gamma:g}": part for gamma, part in parts.items()}
-    if config.dry_run:
-        one = (config.train.batch_size, 1)
-        batch = {name: (one, np.float32) for name in ("x", "y")}
-        shared.show(dry_run.run(named, partial(ToyTask, mesh=mesh), batch, mesh))
-        return {}
-    if config.diagnose:
-        data, _ = build_data(config)
-        shared.show(diagnose.run(named, partial(ToyTask, mesh=mesh), data, mesh))
-        return {}
-    trained = {}
-    with workdir.claimed(config) as folder:
-        for gamma, part in parts.items():
-            task = ToyTask(part, mesh)
-            trained[gamma] = report.Trained(task, train(task, part, *build_data(part), mesh=mesh))
-        shared.show(report.write(folder, config, trained))
-    return trained
-
+EXPERIMENT = Experiment(
+    open_data=task.open_data,
+    build_task=task.build_task,
+    write_report=report.write,
+    variants=task.variants,
+)
 
 if __name__ == "__main__":
-    flags.run(run, PRESETS, default="paper")
+    flags.run(partial(run, EXPERIMENT), PRESETS, default="paper")

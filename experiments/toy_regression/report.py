@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,25 +12,16 @@ import numpy as np
 import deq_jax as deq
 from deq_jax.data import synthetic
 from deq_jax.models.mlp import ScalarDEQ, ToyCell
-from deq_jax.training import TrainResult
 from deq_jax.training.distributed import fetch
-from experiments import report as shared
+from experiments.common import reporting
+from experiments.common.reporting import Trained
 from experiments.toy_regression.config import ToyConfig
-from experiments.toy_regression.task import ToyTask
 
 INPUTS = (-1.5, 0.0, 1.8)
 """The inputs x for which f(z; x) is drawn."""
 
 PICARD_STEPS = 100
 """Budget of plain iteration in the table."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A task and what its training left."""
-
-    task: ToyTask
-    result: TrainResult
 
 
 def iteration_path(
@@ -91,18 +81,24 @@ def measure(config: ToyConfig, trained: Trained) -> dict[str, float]:
     }
 
 
-def write(folder: Path, config: ToyConfig, trained: Mapping[float, Trained]) -> str:
+def write(
+    folder: Path, config: ToyConfig, trained: Mapping[str, Trained], data: Any, mesh: Any
+) -> str:
     """Writes results.md, results.json and fixed_point_map.png.
 
     Args:
       folder: of the experiment.
       config: the whole configuration.
-      trained: gamma -> model.
+      trained: name -> model.
+      data: not used.
+      mesh: not used.
 
     Returns:
       The table, for the screen.
     """
-    rows = {gamma: measure(config, model) for gamma, model in trained.items()}
+    del data, mesh
+    models = {model.config.jac.gamma: model for model in trained.values()}
+    rows = {gamma: measure(config, model) for gamma, model in models.items()}
     few = [b for b in config.eval_budgets if b != config.eval_steps]
     header = ["gamma", "test RMSE", *(f"RMSE at {b}" for b in few)]
     header += ["steps", "not converged", "Picard steps", "not converged", "penalty"]
@@ -120,7 +116,7 @@ def write(folder: Path, config: ToyConfig, trained: Mapping[float, Trained]) -> 
         for gamma, row in rows.items()
     ]
     text = (
-        shared.table(header, cells)
+        reporting.table(header, cells)
         + f"""
 Test RMSE at convergence (up to {config.eval_steps} evaluations of f) and stopped hard after
 {", ".join(map(str, few))}; the noise alone is {config.data.noise:g}.  Steps: evaluations of f
@@ -128,8 +124,8 @@ until abs(f(z) - z) / abs(f(z)) fell to {config.solver.tol:g}, mean over the tes
 same of plain iteration, at most {PICARD_STEPS}.  Penalty: mean of (df/dz)^2 at z*.
 """
     )
-    shared.write(folder, text, {f"gamma_{gamma:g}": row for gamma, row in rows.items()})
-    draw(folder / "fixed_point_map.png", config, trained)
+    reporting.write(folder, text, {f"gamma_{gamma:g}": row for gamma, row in rows.items()})
+    draw(folder / "fixed_point_map.png", config, models)
     return text
 
 
@@ -141,7 +137,7 @@ def draw(path: Path, config: ToyConfig, trained: Mapping[float, Trained]) -> Non
       config: the whole configuration.
       trained: gamma -> model.
     """
-    figure, axes = shared.new_figure(1, len(trained), (3.6 * len(trained), 4.3))
+    figure, axes = reporting.new_figure(1, len(trained), (3.6 * len(trained), 4.3))
     solver = config.build_eval_solver()
     targets = [float(synthetic.curve(np.asarray(x, np.float64))) for x in INPUTS]
     low, high = min(*targets, 0) - 2.5, max(*targets, 0) + 2.5
@@ -150,7 +146,7 @@ def draw(path: Path, config: ToyConfig, trained: Mapping[float, Trained]) -> Non
     for axis, (gamma, model) in zip(axes[0], trained.items(), strict=True):
         params = fetch(model.result.state.params["equilibrium"]["f"])
         axis.plot(line, line, color="0.55", linewidth=1, linestyle="--")
-        for x, target, color in zip(INPUTS, targets, shared.COLORS, strict=False):
+        for x, target, color in zip(INPUTS, targets, reporting.COLORS, strict=False):
 
             def f(z: Any, x: float = x, params: Any = params) -> Any:
                 return cell.apply({"params": params}, z, jnp.full_like(z, x))
@@ -174,4 +170,4 @@ def draw(path: Path, config: ToyConfig, trained: Mapping[float, Trained]) -> Non
         "dashed: f(z) = z",
         fontsize=10,
     )
-    shared.save(figure, path)
+    reporting.save(figure, path)

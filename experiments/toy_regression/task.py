@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,76 +12,80 @@ from jax.sharding import Mesh
 
 from deq_jax.data import pipeline, synthetic
 from deq_jax.models.mlp import ScalarDEQ
-from deq_jax.training import Batch, DataIterator, EvalData, Output, UsageError
+from deq_jax.training import Batch, DataIterator, EvalData, Mean, Task, UsageError
 from deq_jax.training.parallel import make_fixed_point
+from experiments.common import compare
 from experiments.toy_regression.config import ToyConfig
 
 EVAL_BATCH = 256
 """Examples in an evaluation batch; any number of devices that divides it will do."""
 
 
-class ToyTask:
-    """Least squares on the equilibrium itself: the prediction is z*."""
+def build_task(config: ToyConfig, mesh: Mesh, data: Any = None) -> Task:
+    """Least squares on the equilibrium itself: the prediction is z*.
 
-    def __init__(self, config: ToyConfig, mesh: Mesh) -> None:
-        """Wires the model.
+    Args:
+      config: the whole configuration.
+      mesh: the devices over which the solve is split.
+      data: not used.
 
-        Args:
-          config: solver, backward, train and model are read.
-          mesh: the devices over which the solve is split.
-        """
-        self._config, self._devices = config, mesh.size
-        self.model = ScalarDEQ(
-            solver=config.build_solver(),
-            adjoint=config.backward.build_adjoint(),
-            keep=config.solver.keep,
-            hidden=config.model.hidden,
-            weights=config.model.build_weights(),
-            fixed_point=make_fixed_point(config, mesh),
+    Returns:
+      The task.
+    """
+    del data
+    model = ScalarDEQ(
+        solver=config.build_solver(),
+        adjoint=config.backward.build_adjoint(),
+        keep=config.solver.keep,
+        hidden=config.model.hidden,
+        weights=config.model.build_weights(),
+        fixed_point=make_fixed_point(config, mesh),
+    )
+    one = jax.ShapeDtypeStruct((config.train.batch_size, 1), jnp.float32)
+    return Task(
+        model=model,
+        inputs=lambda batch, carry: (batch["x"],),
+        loss=squared_error,
+        sample={"x": one, "y": one},
+    )
+
+
+def squared_error(predicted: jax.Array, batch: Batch) -> dict[str, Mean]:
+    """The loss, float [B, 1] against ``batch["y"]``."""
+    error = jnp.square(predicted - batch["y"])[:, 0] * batch["mask"]
+    mean = Mean(error.sum(), batch["mask"].sum())
+    return {"loss": mean, "squared_error": mean}
+
+
+def variants(config: ToyConfig) -> Mapping[str, ToyConfig]:
+    """The configuration of the model of every gamma."""
+    return {
+        f"gamma_{gamma:g}": compare.in_folder(
+            config, f"gamma_{gamma:g}", jac=dataclasses.replace(config.jac, gamma=gamma)
         )
-
-    def init(self, key: jax.Array) -> tuple[Any, Any]:
-        """Draws the initial weights; see `deq_jax.training.Task`."""
-        variables = self.model.init(key, jnp.zeros((self._devices, 1)), train=False)
-        return variables["params"], {}
-
-    def forward(
-        self,
-        params: Any,
-        extra: Any,
-        batch: Batch,
-        *,
-        key: jax.Array | None,
-        train: bool,
-        warmup: bool,
-        max_steps: int | jax.Array,
-        probe: Any,
-    ) -> Output:
-        """Predictions and squared error of a batch; see `deq_jax.training.Task`."""
-        del key  # nothing is drawn
-        model = self._config.in_phase(self.model, train=train, warmup=warmup)
-        applied: Any = model.apply(
-            {"params": params}, batch["x"], train=train, max_steps=max_steps, probe=probe
-        )
-        predicted, solution = applied
-        error = jnp.square(predicted - batch["y"])[:, 0] * batch["mask"]
-        count = batch["mask"].sum()
-        return Output(
-            loss=error.sum() / jnp.maximum(count, 1),
-            sums={"squared_error": error.sum(), "count": count},
-            extra=extra,
-            solution=solution,
-        )
+        for gamma in config.gammas
+    }
 
 
-def build_data(config: ToyConfig) -> tuple[DataIterator, EvalData]:
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Endless training batches, and one pass over the test pairs."""
+
+    train: DataIterator
+    eval: EvalData
+
+
+def open_data(config: ToyConfig) -> Pairs:
     """Draws the pairs.
 
     Args:
       config: data and train are read.
 
     Returns:
-      Endless training batches, and a function that gives one pass over the test pairs.
+      Both sets.
+
+    Raises:
+      UsageError: a batch does not divide by the processes.
     """
     data = config.data
     pairs = synthetic.regression(data.train_pairs, seed=data.seed, noise=data.noise)
@@ -94,6 +100,7 @@ def build_data(config: ToyConfig) -> tuple[DataIterator, EvalData]:
         seed=config.train.seed,
         shard=shard,
     )
-    return batches, lambda: pipeline.eval_batches(
+    one_pass = lambda: pipeline.eval_batches(  # noqa: E731
         test, batch_size=EVAL_BATCH // shard[1], shard=shard
     )
+    return Pairs(batches, one_pass)

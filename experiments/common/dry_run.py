@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,26 +13,17 @@ from jax.sharding import Mesh
 
 from deq_jax.training import Config, Task, make_train_step
 from deq_jax.training.optim import make_optimizer
-from deq_jax.training.parallel import batch_sharding
-from deq_jax.training.placement import require_even
+from deq_jax.training.parallel import batch_sharding, require_even
 from deq_jax.training.state import abstract_state
-from experiments import report
-
-ConfigT = TypeVar("ConfigT", bound=Config)
+from experiments.common import reporting
 
 
-def run(
-    parts: Mapping[str, ConfigT],
-    make_task: Callable[[ConfigT], Task],
-    batch: Mapping[str, tuple[tuple[int, ...], Any]],
-    mesh: Mesh,
-) -> str:
+def run(parts: Mapping[str, Any], build_task: Callable[[Any], Task], mesh: Mesh) -> str:
     """Compiles the training step of every model of a command; needs no data and writes nothing.
 
     Args:
       parts: name of a model -> its configuration.
-      make_task: builds a task.
-      batch: name -> (shape, dtype) of the arrays of a batch over all devices, but for its mask.
+      build_task: builds a task.
       mesh: the devices.
 
     Returns:
@@ -44,23 +35,20 @@ def run(
     header, columns = [f"a step on {mesh.size} {jax.devices()[0].platform}"], []
     for name, part in parts.items():
         header.append(name)
-        columns.append(measure(part, make_task(part), batch, mesh))
+        columns.append(measure(part, build_task(part), mesh))
     rows = [[label, *(column[label] for column in columns)] for label in columns[0]]
-    return report.table(header, rows) + (
+    return reporting.table(header, rows) + (
         "\nMemory (MiB), FLOPs and bytes are those of one device; the body of a loop counts once,\n"
         "as one step of a solve.\n"
     )
 
 
-def measure(
-    config: Config, task: Task, batch: Mapping[str, tuple[tuple[int, ...], Any]], mesh: Mesh
-) -> dict[str, str]:
+def measure(config: Config, task: Task, mesh: Mesh) -> dict[str, str]:
     """Compiles one training step and reads the program.
 
     Args:
       config: the whole configuration.
       task: model and loss.
-      batch: as for `run`.
       mesh: the devices.
 
     Returns:
@@ -71,9 +59,10 @@ def measure(
     """
     size = config.train.batch_size
     require_even("train.batch_size", size, mesh.size)
+    mask = jax.ShapeDtypeStruct((size,), np.float32)
     arrays = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
-        for name, (shape, dtype) in {**batch, "mask": ((size,), np.float32)}.items()
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding(mesh))
+        for name, leaf in {**task.sample, "mask": mask}.items()
     }
     optimizer = make_optimizer(config.optim, config.train.steps)
     state = abstract_state(task, optimizer, mesh, shard_above=config.shard_above)

@@ -1,4 +1,4 @@
-"""The exceptions that a command line shows in words instead of a traceback."""
+"""The exceptions that a command shows as one sentence instead of a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the image tasks share: the multiscale DEQ's settings, its wiring, and one forward pass."""
+"""What the image tasks share: the settings of the multiscale DEQ, and its wiring."""
 
 from __future__ import annotations
 
@@ -7,21 +7,15 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from deq_jax.models.mdeq import MDEQ
 from deq_jax.models.mdeq_cell import MDEQCell, check_cell
-from deq_jax.solvers import Solution
 from deq_jax.solvers.base import StopMode
-from deq_jax.training import (
-    BackwardConfig,
-    Config,
-    SolverConfig,
-    option,
-    require,
-)
+from deq_jax.training import BackwardConfig, Config, SolverConfig, option, require
 from deq_jax.training.parallel import make_fixed_point
-from experiments.initial import FamilyConfig
+from experiments.common.families import FamilyConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,63 +99,28 @@ def build_mdeq(config: Config, trunk: TrunkConfig, head: nn.Module, mesh: Mesh) 
     )
 
 
-def init(model: nn.Module, key: jax.Array, sample: jax.Array) -> tuple[Any, Any]:
-    """Draws the initial weights of a model with batch statistics; see `deq_jax.training.Task`.
+def image_shapes(
+    config: Config, size: tuple[int, ...], label: tuple[int, ...]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The sample of an image task, see `deq_jax.training.Task`.
 
     Args:
-      model: called as ``model(images, train=...)``.
-      key: a PRNG key.
-      sample: images of the right shape.
+      config: train.batch_size is read.
+      size: height, width and colours of an image.
+      label: shape of a label.
 
     Returns:
-      (params, extra).
+      "image" float32 and "label" int32, with the batch axis in front.
+
+    Example:
+      >>> image_shapes(Config(), (8, 8, 1), ())["image"].shape
+      (64, 8, 8, 1)
     """
-    # The weights do not depend on the solve, which would only have to be compiled.
-    unsolved: Any = {"max_steps": 0} if isinstance(model, MDEQ) else {}
-    variables: Any = model.init(key, sample, train=False, **unsolved)
-    params = variables["params"]
-    return params, {name: tree for name, tree in variables.items() if name != "params"}
-
-
-def forward(
-    model: nn.Module,
-    params: Any,
-    extra: Any,
-    images: jax.Array,
-    *,
-    key: jax.Array | None,
-    train: bool,
-    max_steps: int | jax.Array,
-    probe: Any,
-) -> tuple[jax.Array, Solution | None, Any]:
-    """One pass of an `MDEQ`, or of an explicit network, with its batch statistics and masks.
-
-    Args:
-      model: an `MDEQ`, or a module called as ``model(images, train=...)``.
-      params: trained parameters.
-      extra: the other collections.
-      images: float [B, H, W, colours].
-      key: for dropout; None in evaluation.
-      train: whether this is a training pass.
-      max_steps: budget of the solve.
-      probe: see `deq.backward_probe`.
-
-    Returns:
-      The model's output, the solution of its solve (None without one), and the new collections.
-    """
-    solves = isinstance(model, MDEQ)
-    budget: Any = {"max_steps": max_steps, "probe": probe} if solves else {}
-    applied: Any = model.apply(
-        {"params": params, **extra},
-        images,
-        train=train,
-        mutable=list(extra) if train else False,
-        rngs={"dropout": key} if key is not None else None,
-        **budget,
-    )
-    result, updated = applied if train else (applied, extra)
-    output, solution = result if solves else (result, None)
-    return output, solution, updated
+    batch = config.train.batch_size
+    return {
+        "image": jax.ShapeDtypeStruct((batch, *size), jnp.float32),
+        "label": jax.ShapeDtypeStruct((batch, *label), jnp.int32),
+    }
 
 
 def broyden(forward: int, backward: int, stop: StopMode) -> dict[str, Any]:

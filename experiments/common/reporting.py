@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deq_jax.training import Config, TrainResult, distributed
+from deq_jax.training import Config, Task, TrainResult, distributed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 COLORS = ("#c0504d", "#2a6fb0", "#3f9b56", "#8a5bb0")
 
 NAMES = {"no_jr": "without JR", "jr": "with JR", "model": "model"}
-"""Names of the models' folders (`variants.variants`) -> heads of the tables' columns."""
+"""Names of the models' folders (`compare.variants`) -> heads of the tables' columns."""
 
 
 STYLES = {
@@ -32,9 +32,10 @@ STYLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A task and what its training left."""
+    """A configuration, its task, and the result of its training."""
 
-    task: Any
+    config: Any
+    task: Task
     result: TrainResult
 
 

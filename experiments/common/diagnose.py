@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,9 @@ from deq_jax.diagnosis import Diagnosis, diagnose
 from deq_jax.solvers import Solution
 from deq_jax.training import Config, DataIterator, Task, UsageError, weights
 from deq_jax.training.checkpoint import saved_steps
-from deq_jax.training.parallel import batch_sharding, replicated, split_leaves
-from deq_jax.training.placement import place
+from deq_jax.training.parallel import batch_sharding, place, replicated, split_leaves
 from deq_jax.training.state import split_seed
-from deq_jax.training.task import CARRY, Carrying
+from deq_jax.training.task import forward, has_solver, init
 
 EXAMPLES = 16
 """Examples of the batch that are diagnosed, at most."""
@@ -27,15 +27,12 @@ EXAMPLES = 16
 SEGMENTS = 4
 """Batches that a task which carries a memory reads, the last of which is diagnosed."""
 
-ConfigT = TypeVar("ConfigT", bound=Config)
-
 
 def run(
-    parts: Mapping[str, ConfigT],
-    make_task: Callable[[ConfigT], Task],
+    parts: Mapping[str, Any],
+    build_task: Callable[[Any], Task],
     train_data: DataIterator,
     mesh: Mesh,
-    x_axes: Any = 0,
 ) -> str:
     """Diagnoses the models of a command; writes nothing.
 
@@ -43,10 +40,9 @@ def run(
       parts: name of a model -> its configuration, whose workdir is the model's own folder.  Models
         that have checkpoints are diagnosed; where none has, the first one at the weights that its
         training would start from.
-      make_task: builds a task.
+      build_task: builds a task.
       train_data: endless batches.
       mesh: the devices.
-      x_axes: see `look`.
 
     Returns:
       A report, in Markdown.
@@ -63,11 +59,11 @@ def run(
     chosen = trained or dict([next(iter(parts.items()))])
     start, reports = train_data.get_state(), []
     for name, part in chosen.items():
-        task = make_task(part)
+        task = build_task(part)
         params, extra, source = load(part, task, mesh)
         train_data.set_state(start)
         solution = solve(part, task, params, extra, train_data, mesh)
-        reports.append(f"# {name}, {source}\n\n{report(part, solution, x_axes)}")
+        reports.append(f"# {name}, {source}\n\n{report(part, solution, task.x_axes)}")
     return "\n".join(reports)
 
 
@@ -88,13 +84,13 @@ def load(config: Config, task: Task, mesh: Mesh) -> tuple[Any, Any, str]:
     folder = Path(config.workdir)
     if not saved_steps(folder / "checkpoints"):
         key = split_seed(config.train.seed)[0]
-        params, extra = jax.jit(task.init, out_shardings=replicated(mesh))(key)
+        params, extra = jax.jit(partial(init, task), out_shardings=replicated(mesh))(key)
         if not config.init_from:
             return params, extra, f"at its initial weights (no checkpoint in {folder})"
         loaded = weights.load(Path(config.init_from))
         return *weights.adopt((params, extra), loaded, print), f"weights of {config.init_from}"
     loaded = weights.load(folder)
-    wanted = jax.eval_shape(task.init, jax.random.key(0))
+    wanted = jax.eval_shape(partial(init, task), jax.random.key(0))
     advice = "give the preset and the settings of model that it was trained with, or another "
     weights.require_fit(loaded, wanted, folder, advice + "--workdir")
     return *jax.device_put(loaded, replicated(mesh)), f"weights of {folder}"
@@ -119,25 +115,21 @@ def solve(
     Raises:
       UsageError: the model has no equilibrium.
     """
-
-    @jax.jit
-    def step(params: Any, extra: Any, batch: Any) -> tuple[Solution | None, Any]:
-        output = task.forward(
-            params, extra, batch, key=None, train=False, warmup=False,
-            max_steps=config.eval_steps, probe=None,
-        )  # fmt: skip
-        return output.solution, output.extra
-
-    carries, solution = isinstance(task, Carrying), None
-    if isinstance(task, Carrying):
-        extra = {**extra, CARRY: jax.device_put(task.carry(train=True), batch_sharding(mesh))}
-    for _ in range(SEGMENTS if carries else 1):
-        solution, extra = step(params, extra, place(next(data), mesh))
-    if solution is None:
+    if not has_solver(task.model):
         raise UsageError(
             "got --diagnose for a model without an equilibrium (an explicit network: see "
             "model.name); wanted one that solves z = f(z, x)"
         )
+
+    @jax.jit
+    def step(params: Any, extra: Any, carry: Any, batch: Any) -> tuple[Solution | None, Any]:
+        found = forward(task, config, params, extra, carry, batch)
+        return found.solution, found.carry
+
+    solution, carry = None, jax.device_put(task.first_carry(train=True), batch_sharding(mesh))
+    for _ in range(1 if task.carry is None else SEGMENTS):
+        solution, carry = step(params, extra, carry, place(next(data), mesh))
+    assert solution is not None
     return solution
 
 

@@ -1,0 +1,1 @@
+"""What the experiments share: models, data errors, comparisons, reports, and the command itself."""

@@ -1,0 +1,72 @@
+"""The command of an experiment: a dry run, a diagnosis, or training and report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from deq_jax.training import Task, train, workdir
+from deq_jax.training.parallel import make_mesh
+from experiments.common import compare, diagnose, dry_run, reporting
+from experiments.common.reporting import Trained
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What is particular to an experiment.
+
+    Attributes:
+      open_data: ``config -> data``, an object with ``train`` (a `DataIterator`) and ``eval`` (an
+        `EvalData`); it says in one sentence what is missing.
+      build_task: ``(config, mesh, data) -> Task``; data is None in a dry run.
+      write_report: ``(folder, config, {name: Trained}, data, mesh) -> text``; writes tables and
+        pictures.
+      variants: ``config -> {name: config}``, the models that a command trains; each name is a
+        folder in the workdir.
+    """
+
+    open_data: Callable[[Any], Any]
+    build_task: Callable[[Any, Mesh, Any], Task]
+    write_report: Callable[[Path, Any, Mapping[str, Trained], Any, Mesh], str]
+    variants: Callable[[Any], Mapping[str, Any]] = compare.variants
+
+
+def run(experiment: Experiment, config: Any, **seams: Any) -> dict[str, Trained]:
+    """Runs an experiment; the models train one after the other, from the same data.
+
+    Args:
+      experiment: what is particular to it.
+      config: the whole configuration.
+      **seams: optimizer, writers and callbacks of `deq_jax.training.train`.
+
+    Returns:
+      Name -> trained model; {} after a dry run or a diagnosis.
+
+    Example:
+      >>> run(EXPERIMENT, PRESETS["digits"], writers=[Wandb()])  # doctest: +SKIP
+    """
+    mesh, parts = make_mesh(), experiment.variants(config)
+    if config.dry_run:
+        reporting.show(dry_run.run(parts, lambda c: experiment.build_task(c, mesh, None), mesh))
+        return {}
+    data = experiment.open_data(config)  # before anything is written: it may be missing
+
+    def build(part: Any) -> Task:
+        return experiment.build_task(part, mesh, data)
+
+    if config.diagnose:
+        reporting.show(diagnose.run(parts, build, data.train, mesh))
+        return {}
+    start, trained = data.train.get_state(), {}
+    with workdir.claimed(config) as folder:
+        for name, part in parts.items():
+            task = build(part)
+            data.train.set_state(start)
+            result = train(task, part, data.train, data.eval, mesh=mesh, **seams)
+            trained[name] = Trained(part, task, result)
+        reporting.show(experiment.write_report(folder, config, trained, data, mesh))
+    return trained
