@@ -25,15 +25,14 @@ from deq_jax import testing
 from deq_jax.models.convolution import conv2d
 from deq_jax.training import make_train_step, metrics, parallel
 from deq_jax.training.checkpoint import read, saved_steps
-from deq_jax.training.parallel import place
-from deq_jax.training.precision import in_bfloat16
+from deq_jax.training.parallel import in_bfloat16, place
 from deq_jax.training.state import create_state
 from experiments.image_classification import data as image_data
+from experiments.image_classification import task as image_task
 from experiments.image_classification.presets import PRESETS as IMAGES
-from experiments.image_classification.task import ImageTask
 from experiments.language_modeling import data as language_data
+from experiments.language_modeling import task as language_task
 from experiments.language_modeling.presets import PRESETS as TEXTS
-from experiments.language_modeling.task import LanguageTask
 
 pytestmark = pytest.mark.accelerator
 
@@ -202,13 +201,12 @@ def test_f_in_bfloat16_is_as_exact_as_its_rounding(device):
 
 def images():
     config = in_six_steps(IMAGES["digits"])
-    return config, partial(ImageTask, config), image_data.build_data(config)[0]
+    return config, image_task.build_task, image_data.open_data(config)
 
 
 def text():
     config = in_six_steps(TEXTS["prose"])
-    texts = language_data.build_data(config)
-    return config, partial(LanguageTask, config, words=len(texts.corpus.vocabulary)), texts.train
+    return config, language_task.build_task, language_data.open_data(config)
 
 
 def in_six_steps(config):
@@ -227,14 +225,14 @@ def test_a_training_step_is_that_of_the_cpu(device, build):
 
     def step(place_on):
         mesh = parallel.make_mesh([place_on])
-        config, make_task, train = build()
-        task = make_task(mesh=mesh)
+        config, build_task, data = build()
+        task = build_task(config, mesh, data)
         optimizer = optax.sgd(1.0)
         with jax.default_device(place_on):
             state = create_state(task, optimizer, 0, mesh)
             before = jax.device_get(state.params)
             run = make_train_step(task, config, optimizer, mesh)
-            state, measured = run(state, place(next(iter(train)), mesh))
+            state, measured = run(state, place(next(data.train), mesh))
         gradient = jax.tree.map(lambda a, b: a - b, before, jax.device_get(state.params))
         return before, gradient, metrics.compute(jax.device_get(measured))
 

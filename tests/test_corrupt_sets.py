@@ -225,28 +225,28 @@ def image_config(folder, **data):
 
 
 def test_image_classification_stops_in_words_or_skips(prepared):
-    from experiments.image_classification.data import build_data
+    from experiments.image_classification.data import open_data
 
     for change in ({"in_memory": True}, {"in_memory": False, "statistics": "cifar"}):
         config = image_config(prepared, on_corrupt="stop", **change)
         with pytest.raises(UsageError, match=r"record \d+ of specks/train cannot be read"):
-            batches, one_pass = build_data(config)
-            take(batches, 3)
+            sets = open_data(config)
+            take(sets.train, 3)
     with pytest.raises(UsageError, match=r"record \d+ of specks/train cannot be read"):
-        list(one_pass())
-    batches.close()
+        list(sets.eval())
+    sets.train.close()
     found = []
     for in_memory in (True, False):
         config = image_config(prepared, on_corrupt="skip", in_memory=in_memory, statistics="cifar")
-        batches, one_pass = build_data(config)
-        state = batches.get_state()
-        found.append(take(batches, 3))
-        batches.set_state(state)
-        equal(found[-1], take(batches, 3))
-        batches.close()
-        assert sum(b["mask"].sum() for b in one_pass()) == COUNT - len(BAD)
+        sets = open_data(config)
+        state = sets.train.get_state()
+        found.append(take(sets.train, 3))
+        sets.train.set_state(state)
+        equal(found[-1], take(sets.train, 3))
+        sets.train.close()
+        assert sum(b["mask"].sum() for b in sets.eval()) == COUNT - len(BAD)
     equal(*found)
-    build_data(image_config(prepared, on_corrupt="skip"))  # statistics of the set itself
+    open_data(image_config(prepared, on_corrupt="skip"))  # statistics of the set itself
 
 
 def test_segmentation_stops_in_words_or_skips(monkeypatch):
@@ -258,11 +258,11 @@ def test_segmentation_stops_in_words_or_skips(monkeypatch):
     skip = fields.replace(PRESETS["camvid_small"], changes | {"data.on_corrupt": "skip"})
     for in_memory in (True, False):
         config = fields.replace(skip, {"data.in_memory": in_memory})
-        sets = data.build_data(config)
+        sets = data.open_data(config)
         assert take(sets.train, 2)["corrupt"].sum() == 2
         assert sum(batch["mask"].sum() for batch in sets.eval()) == 4
         shown = [sets.source[i]["label"][0, 0] for i in range(len(sets.source))]
         assert shown == [1, 1, 0, 1, 0, 1], "the next one, after the last the first"
         sets.train.close()
         with pytest.raises(UsageError, match="record 0 of (train|test) cannot be read"):
-            data.build_data(fields.replace(config, {"data.on_corrupt": "stop"}))
+            data.open_data(fields.replace(config, {"data.on_corrupt": "stop"}))

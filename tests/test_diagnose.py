@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -15,12 +16,15 @@ from deq_jax import testing
 from deq_jax.diagnosis import diagnose
 from deq_jax.training import UsageError, fields, weights
 from deq_jax.training.parallel import make_mesh
-from experiments import diagnose as command
+from deq_jax.training.task import init
+from experiments.common import diagnose as command
+from experiments.common import run as common_run
 from experiments.image_classification import main as image_main
 from experiments.image_classification import presets as image_presets
 from experiments.image_classification import task as image_task
 from experiments.toy_regression import config as toy_config
 from experiments.toy_regression import main as toy_main
+from experiments.toy_regression import task as toy_task
 
 KEY = jax.random.key(0)
 PLAIN = {"Picard": deq.Picard(max_steps=200)}
@@ -375,8 +379,7 @@ def shrunk(preset, workdir, **parts):
 @pytest.fixture
 def two_devices(monkeypatch):
     mesh = make_mesh(jax.devices()[:2])
-    for module in (image_main, toy_main):
-        monkeypatch.setattr(module, "make_mesh", lambda: mesh)
+    monkeypatch.setattr(common_run, "make_mesh", lambda: mesh)
 
 
 def asked(config):
@@ -390,7 +393,7 @@ def test_toy_regression_is_diagnosed_before_and_after_training(tmp_path, capsys,
     config = shrunk(preset, tmp_path / "run", data=data, gammas=(2.0, 4.0))
     assert toy_main.run(asked(config)) == {}
     before = capsys.readouterr().out
-    assert before.startswith("# gamma = 2, at its initial weights") and before.count("# ") == 1
+    assert before.startswith("# gamma_2, at its initial weights") and before.count("# ") == 1
     assert "16 examples" in before and "| Broyden" in before and "| spectral radius" in before
     assert not (tmp_path / "run").exists()
     toy_main.run(dataclasses.replace(config, gammas=(2.0,)))
@@ -399,16 +402,16 @@ def test_toy_regression_is_diagnosed_before_and_after_training(tmp_path, capsys,
     assert toy_main.run(asked(config)) == {}
     after = capsys.readouterr().out
     folder = tmp_path / "run" / "gamma_2"
-    assert after.startswith(f"# gamma = 2, weights of {folder}") and after.count("# ") == 1
+    assert after.startswith(f"# gamma_2, weights of {folder}") and after.count("# ") == 1
     assert sorted(tmp_path.rglob("*")) == files
     assert not fields.differences(fields.to_dict(config), asked(config))
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, hidden=7))
     with pytest.raises(UsageError, match=r"are of another model: .* is \(.*50.*\) there and"):
         toy_main.run(asked(wider))
     again = dataclasses.replace(config, workdir=str(tmp_path / "new"), init_from=str(folder))
-    mesh = toy_main.make_mesh()
+    mesh = common_run.make_mesh()
     part = dataclasses.replace(config, workdir=str(folder))
-    found = [command.load(c, toy_main.ToyTask(c, mesh), mesh) for c in (part, again)]
+    found = [command.load(c, toy_task.build_task(c, mesh), mesh) for c in (part, again)]
     assert found[1][2] == f"weights of {folder}" == found[0][2]
     jax.tree.map(np.testing.assert_array_equal, found[0][:2], found[1][:2])
     with pytest.raises(UsageError, match="no checkpoint in "):
@@ -424,8 +427,8 @@ def test_an_image_model_is_diagnosed_without_and_with_a_checkpoint(tmp_path, cap
     config = shrunk(preset, tmp_path / "run", model=model)
     assert image_main.run(asked(config)) == {}
     assert capsys.readouterr().out.startswith("# no_jr, at its initial weights")
-    task = image_task.ImageTask(config, image_main.make_mesh())
-    weights.save(tmp_path / "run" / "jr", *jax.jit(task.init)(jax.random.key(7)), {})
+    task = image_task.build_task(config, common_run.make_mesh())
+    weights.save(tmp_path / "run" / "jr", *jax.jit(partial(init, task))(jax.random.key(7)), {})
     image_main.run(asked(config))
     assert capsys.readouterr().out.startswith(f"# jr, weights of {tmp_path / 'run' / 'jr'}\n")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from deq_jax.training import UsageError, distributed
-from deq_jax.training.signals import Votes
+from deq_jax.training.distributed import PreemptionSync
 
 
 @pytest.mark.parametrize(
@@ -61,5 +61,5 @@ def test_alone_nobody_has_to_be_asked():
     assert distributed.is_first() and distributed.largest(3) == 3
     assert distributed.from_first({"a": [1]}) == {"a": [1]}
     np.testing.assert_array_equal(distributed.fetch({"a": np.arange(2)})["a"], [0, 1])
-    votes = Votes(make_mesh(), 2)
+    votes = PreemptionSync(make_mesh(), 2)
     assert (votes.poll(None), votes.poll(15)) == (0, 15)

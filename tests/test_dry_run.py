@@ -3,25 +3,25 @@
 import dataclasses
 
 import jax
-import numpy as np
 import pytest
 
 from deq_jax.training import UsageError
 from deq_jax.training.parallel import make_mesh
-from experiments.image_classification import data as image_data
+from experiments.common import run as common_run
 from experiments.image_classification import main as image_main
 from experiments.image_classification.presets import PRESETS as IMAGES
 from experiments.initialization import main as initialization_main
 from experiments.initialization.config import PRESETS as INITIALIZATIONS
 from experiments.language_modeling import data as language_data
+from experiments.language_modeling import main as text_main
 from experiments.language_modeling.presets import PRESETS as TEXTS
-from experiments.segmentation import data as segmentation_data
+from experiments.segmentation import main as segmentation_main
 from experiments.segmentation.presets import PRESETS as SCENES
 
 
 @pytest.mark.slow
 def test_a_dry_run_counts_and_leaves_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(image_main, "make_mesh", lambda: make_mesh(jax.devices()[:2]))
+    monkeypatch.setattr(common_run, "make_mesh", lambda: make_mesh(jax.devices()[:2]))
     preset = IMAGES["cifar10_small"]
     model = dataclasses.replace(preset.model, channels=(4,), head=(2,), final=8, groups=2)
     config = dataclasses.replace(
@@ -53,23 +53,24 @@ def test_a_dry_run_counts_and_leaves_nothing(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("task", ["digits", "prose"])
-def test_the_shapes_are_those_of_the_data(task):
-    if task == "digits":
-        config, module = IMAGES["digits"], image_data
-        batch = next(module.build_data(config)[0])
-    else:
-        config, module = TEXTS["prose"], language_data
-        batch = next(module.build_data(config).train)
+def test_the_sample_is_that_of_the_data(task):
+    config, main = (
+        (IMAGES["digits"], image_main) if task == "digits" else (TEXTS["prose"], text_main)
+    )
+    data, mesh = main.EXPERIMENT.open_data(config), make_mesh(jax.devices()[:1])
+    batch = next(data.train)
     found = {name: (array.shape, array.dtype) for name, array in batch.items() if name != "mask"}
-    assert found == {
-        name: (shape, np.dtype(d)) for name, (shape, d) in module.shapes(config).items()
-    }
+    sample = main.EXPERIMENT.build_task(config, mesh, data).sample
+    assert found == {name: (leaf.shape, leaf.dtype) for name, leaf in sample.items()}
 
 
 def test_published_sizes_are_known_without_their_data():
     assert language_data.count_words(TEXTS["wikitext103_jr"].data) == 267_735
-    assert image_data.shapes(IMAGES["imagenet_small_jr"])["image"][0] == (128, 224, 224, 3)
-    assert segmentation_data.shapes(SCENES["cityscapes_small"])["label"][0][1:] == (512, 1024)
+    mesh = make_mesh(jax.devices()[:1])
+    task = image_main.EXPERIMENT.build_task(IMAGES["imagenet_small_jr"], mesh, None)
+    assert task.sample["image"].shape == (128, 224, 224, 3)
+    task = segmentation_main.EXPERIMENT.build_task(SCENES["cityscapes_small"], mesh, None)
+    assert task.sample["label"].shape[1:] == (512, 1024)
 
 
 def test_a_task_without_a_single_step_says_so(tmp_path):

@@ -1,6 +1,7 @@
 """Every experiment in its real configuration, shrunk: it runs, reports, resumes bit for bit."""
 
 import dataclasses
+import functools
 import json
 import math
 import signal
@@ -11,6 +12,8 @@ import pytest
 
 from deq_jax.training import Interrupted, train
 from deq_jax.training.parallel import make_mesh
+from deq_jax.training.task import init
+from experiments.common import run as common_run
 from experiments.image_classification import data as image_data
 from experiments.image_classification import main as image_main
 from experiments.image_classification import presets as image_presets
@@ -55,8 +58,7 @@ def toy(workdir, **parts):
 def two_devices(monkeypatch):
     """As many as main.py asks for."""
     mesh = make_mesh(jax.devices()[:2])
-    for module in (image_main, toy_main):
-        monkeypatch.setattr(module, "make_mesh", lambda: mesh)
+    monkeypatch.setattr(common_run, "make_mesh", lambda: mesh)
     return mesh
 
 
@@ -86,7 +88,7 @@ def test_digits_trains_both_models_and_reports(tmp_path, capsys, two_devices):
 
 def test_digits_test_set_is_counted_once(tmp_path):
     config = digits(tmp_path)
-    _, passes = image_data.build_data(config)
+    passes = image_data.open_data(config).eval
     assert sum(batch["mask"].sum() for batch in passes()) == 360
 
 
@@ -128,10 +130,10 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, which, two_devices):
             # With masks, which must come back the same too; one branch, which compiles faster.
             model = dataclasses.replace(config.model, dropout=0.2, channels=(4,), head=(2,))
             config = dataclasses.replace(config, model=model)
-        kind = image_task.ImageTask if which == "digits" else toy_task.ToyTask
-        data, _ = module.build_data(config)
+        kind = image_task if which == "digits" else toy_task
+        data = module.open_data(config).train
         data = StopAfter(data, 2) if interrupt else data
-        return train(kind(config, mesh), config, data, mesh=mesh).state
+        return train(kind.build_task(config, mesh), config, data, mesh=mesh).state
 
     straight = run("straight", False)
     with pytest.raises(Interrupted, match="after step 3 of 4"):
@@ -169,8 +171,8 @@ def test_published_sizes(name):
     assert config.workdir == f"runs/{name}"
     millions, steps = PUBLISHED[name]
     assert config.train.steps == steps
-    task = image_task.ImageTask(config, make_mesh(jax.devices()[:1]))
-    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    task = image_task.build_task(config, make_mesh(jax.devices()[:1]))
+    params, _ = jax.eval_shape(functools.partial(init, task), jax.random.key(0))
     count = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
     assert count / 1e6 == pytest.approx(millions, rel=0.12)
 

@@ -15,12 +15,11 @@ from deq_jax.training import make_train_step, parallel
 from deq_jax.training.optim import make_optimizer
 from deq_jax.training.state import abstract_state
 from experiments.image_classification.presets import PRESETS as IMAGE_PRESETS
-from experiments.image_classification.task import ImageTask
+from experiments.image_classification.task import build_task as build_image_task
 from experiments.language_modeling.presets import PRESETS as LANGUAGE_PRESETS
-from experiments.language_modeling.task import LanguageTask
+from experiments.language_modeling.task import build_task as build_language_task
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-VOCABULARY = 1600
 
 
 def contraction(p, z, x):
@@ -53,20 +52,11 @@ def test_a_solve_of_any_batch_is_exported_for_all_platforms(solver):
 
 
 def image_task(mesh):
-    config = IMAGE_PRESETS["digits"]
-    data = config.data
-    size, images = config.train.batch_size, (data.size, data.size, data.colors)
-    batch = {"image": ((size, *images), jnp.float32), "label": ((size,), jnp.int32)}
-    return config, ImageTask(config, mesh), batch | {"mask": ((size,), jnp.float32)}
+    return IMAGE_PRESETS["digits"], build_image_task(IMAGE_PRESETS["digits"], mesh)
 
 
 def language_task(mesh):
-    config = LANGUAGE_PRESETS["prose"]
-    size, length = config.train.batch_size, config.data.length
-    batch = {"words": ((size, length), jnp.int32), "targets": ((size, length), jnp.int32)}
-    batch |= {"weight": ((size, length), jnp.float32), "fresh": ((size,), jnp.float32)}
-    batch |= {"mask": ((size,), jnp.float32)}
-    return config, LanguageTask(config, mesh, VOCABULARY), batch
+    return LANGUAGE_PRESETS["prose"], build_language_task(LANGUAGE_PRESETS["prose"], mesh)
 
 
 @pytest.mark.slow
@@ -74,11 +64,12 @@ def language_task(mesh):
 def test_training_steps_are_lowered_for_all_platforms(build):
     """With the penalty, and with the statistics of the backward solve."""
     mesh = parallel.make_mesh(jax.devices()[:1])
-    config, task, batch = build(mesh)
+    config, task = build(mesh)
     config = dataclasses.replace(config, jac=dataclasses.replace(config.jac, prob=1.0))
     optimizer = make_optimizer(config.optim, config.train.steps)
     state = abstract_state(task, optimizer, mesh)
-    batch = {name: jax.ShapeDtypeStruct(*described) for name, described in batch.items()}
+    mask = jax.ShapeDtypeStruct((config.train.batch_size,), jnp.float32)
+    batch = {**task.sample, "mask": mask}
     step = make_train_step(task, config, optimizer, mesh)
     exported = export.export(step, platforms=PLATFORMS)(state, batch)
     assert exported.platforms == PLATFORMS

@@ -13,8 +13,8 @@ from deq_jax.models.mdeq_cell import MDEQCell
 from deq_jax.models.mlp import ToyCell
 from deq_jax.models.transformer_cell import Injection, Memory, TransformerCell, positions
 from deq_jax.training import fields
-from experiments.image_classification.presets import PRESETS as IMAGE_PRESETS
 from experiments.common.families import FAMILIES, FamilyConfig
+from experiments.image_classification.presets import PRESETS as IMAGE_PRESETS
 from experiments.language_modeling.presets import PRESETS as LANGUAGE_PRESETS
 from experiments.segmentation.presets import PRESETS as SEGMENTATION_PRESETS
 from experiments.toy_regression.config import PRESETS as TOY_PRESETS

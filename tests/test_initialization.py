@@ -16,6 +16,7 @@ from deq_jax.training.optim import make_optimizer
 from deq_jax.training.parallel import make_mesh
 from deq_jax.training.state import create_state
 from deq_jax.training.step import make_update
+from experiments.common import families
 from experiments.initialization import data, main, models, report, theory, verdict
 from experiments.initialization.config import FAMILIES, PRESETS, SweepConfig, TheoryConfig
 from experiments.initialization.sweep import Sweep
@@ -110,7 +111,7 @@ def swept(tmp_path_factory):
     """A small sweep through main.run: its folder, and what was shown."""
     folder, shown = tmp_path_factory.mktemp("sweep"), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main.shared, "show", shown.append)
+        patch.setattr(main.reporting, "show", shown.append)
         made = []
         patch.setattr(main, "Sweep", lambda config: made.append(Sweep(config)) or made[0])
         main.run(shrink(workdir=str(folder)))
@@ -156,15 +157,10 @@ def test_a_cell_is_a_plain_run_of_the_training_step(swept):
     trained = sweep.run(family)
     optimizer = make_optimizer(config.optim, config.train.steps)
 
-    class Alone:
-        """The task with one family and scale."""
+    def scaled(*shape):
+        return 0.5 * families.FAMILIES[family](1.0)(*shape)
 
-        def init(self, key):
-            return sweep.task.init(key, 0.5, family)
-
-        forward = staticmethod(sweep.task.forward)
-
-    task = Alone()
+    task = dataclasses.replace(sweep.task, model=sweep.task.model.clone(kernel_init=scaled))
     state = create_state(task, optimizer, 1, make_mesh(jax.devices()[:1]))
     update = jax.jit(make_update(task, config, optimizer))
     places = data.order(1437, 16, 4, seed=0)

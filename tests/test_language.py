@@ -1,6 +1,7 @@
 """The language experiment: it trains, reports, resumes bit for bit, generates; what it refuses."""
 
 import dataclasses
+import functools
 import json
 import math
 import signal
@@ -16,9 +17,11 @@ from deq_jax.training.evaluation import Evaluator
 from deq_jax.training.optim import make_optimizer
 from deq_jax.training.parallel import batch_sharding, make_mesh
 from deq_jax.training.state import create_state
+from deq_jax.training.task import forward, init
+from experiments.common import run as common_run
 from experiments.language_modeling import data, generate, main
 from experiments.language_modeling.presets import PRESETS
-from experiments.language_modeling.task import LanguageTask
+from experiments.language_modeling.task import build_model, build_task
 
 pytestmark = pytest.mark.slow
 
@@ -53,11 +56,15 @@ def prose(workdir, **change):
     return fields.replace(PRESETS["prose"], small | change)
 
 
+def draw(task, seed):
+    return jax.jit(functools.partial(init, task))(jax.random.key(seed))
+
+
 @pytest.fixture
 def two_devices(monkeypatch):
     """As many as main.py asks for."""
     mesh = make_mesh(jax.devices()[:2])
-    monkeypatch.setattr(main, "make_mesh", lambda: mesh)
+    monkeypatch.setattr(common_run, "make_mesh", lambda: mesh)
     return mesh
 
 
@@ -97,19 +104,19 @@ def test_it_trains_reports_and_generates(tmp_path, capsys, two_devices, small_te
 
 
 def test_prose_itself_is_cut(tmp_path):
-    texts = data.build_data(prose(tmp_path))
+    texts = data.open_data(prose(tmp_path))
     batch = next(texts.train)
     assert batch["words"].shape == (4, 4)
-    assert sum(b["weight"].sum() for b in texts.watched()) == 99
+    assert sum(b["weight"].sum() for b in texts.eval()) == 99
     test = texts.corpus.splits["test"]
     assert sum(b["weight"].sum() for b in texts.test()) == len(test) - 1
 
 
 def test_unknown_words_of_a_prompt(tmp_path, small_text, capsys):
     config = prose(tmp_path / "run", compare=False, **small_text)
-    texts, mesh = data.build_data(config), make_mesh(jax.devices()[:1])
-    task = LanguageTask(config, mesh, len(texts.corpus.vocabulary))
-    weights.save(tmp_path / "run" / "model", task.init(jax.random.key(0))[0], {}, {})
+    texts, mesh = data.open_data(config), make_mesh(jax.devices()[:1])
+    task = build_task(config, mesh, texts)
+    weights.save(tmp_path / "run" / "model", draw(task, 0)[0], {}, {})
     with pytest.raises(UsageError, match="the vocabulary has not: jumped"):
         generate.run(dataclasses.replace(config, generate="the cat jumped"))
     with pytest.raises(UsageError, match="got no word in --generate=' '"):
@@ -117,10 +124,14 @@ def test_unknown_words_of_a_prompt(tmp_path, small_text, capsys):
     out = generate.run(dataclasses.replace(config, generate="the cat"))
     assert len(out.split("\n\n")) >= config.sample.count and out.startswith("the cat |")
     greedy = fields.replace(config, {"generate": "the", "sample.temperature": 0.0})
-    first, second = generate.sample(greedy, task, generate.load(greedy, task), np.array([1]))
+    first, second = generate.sample(
+        greedy, task.model, generate.load(greedy, task.model), np.array([1])
+    )
     np.testing.assert_array_equal(first, second)
     everything = range(1, len(texts.corpus.vocabulary))
-    drawn = generate.sample(greedy, task, generate.load(greedy, task), np.array([1]), everything)
+    drawn = generate.sample(
+        greedy, task.model, generate.load(greedy, task.model), np.array([1]), everything
+    )
     assert not drawn.any()  # what is left is the end of a line
     wider = fields.replace(config, {"model.hidden": 16, "generate": "the"})
     with pytest.raises(UsageError, match="are of another model: .* give the preset"):
@@ -159,8 +170,8 @@ def test_a_resumed_run_ends_with_the_same_bits_and_memory(tmp_path, name, two_de
 
     def run(folder, interrupt):
         config = prose(tmp_path / folder, **change)
-        texts = data.build_data(config)
-        task = LanguageTask(config, two_devices, len(texts.corpus.vocabulary))
+        texts = data.open_data(config)
+        task = build_task(config, two_devices, texts)
         stream = StopAfter(texts.train, 2) if interrupt else texts.train
         return train(task, config, stream, mesh=two_devices).state
 
@@ -185,15 +196,15 @@ def test_perplexity_does_not_depend_on_devices_or_cuts(tmp_path, small_text, x64
     for length, streams, devices in ((4, 1, 1), (9, 1, 1), (6, 4, 1), (6, 4, 4)):
         change = {"data.eval_length": length, "data.eval_batch_size": streams, "data.watched": None}
         config = prose(tmp_path, **small_text, **tight, **change)
-        texts, mesh = data.build_data(config), make_mesh(jax.devices()[:devices])
-        task = LanguageTask(config, mesh, len(texts.corpus.vocabulary))
+        texts, mesh = data.open_data(config), make_mesh(jax.devices()[:devices])
+        task = build_task(config, mesh, texts)
         if params is None:
-            params = task.init(jax.random.key(0))[0]
+            params = draw(task, 0)[0]
             params = jax.tree.map(lambda a: 0.4 * a.astype(np.float64), params)
         optimizer = make_optimizer(config.optim, 1)
         state = create_state(task, optimizer, 0, mesh)
         state = dataclasses.replace(state, params=jax.device_put(params))
-        values = Evaluator(task, config, texts.valid, mesh=mesh, summarize=task.summarize)(state)
+        values = Evaluator(task, config, texts.valid, mesh=mesh)(state)
         losses.append(values[300]["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[2] == pytest.approx(losses[3], abs=1e-6)
@@ -203,20 +214,17 @@ def test_perplexity_does_not_depend_on_devices_or_cuts(tmp_path, small_text, x64
 
 def test_streams_that_begin_anew_forget(tmp_path, small_text):
     config = prose(tmp_path, compare=False, **small_text)
-    texts, mesh = data.build_data(config), make_mesh(jax.devices()[:1])
-    task = LanguageTask(config, mesh, len(texts.corpus.vocabulary))
-    params, _ = task.init(jax.random.key(0))
+    texts, mesh = data.open_data(config), make_mesh(jax.devices()[:1])
+    task = build_task(config, mesh, texts)
+    params, _ = draw(task, 0)
     batch = next(texts.train)
 
     @jax.jit
     def loss(memory, fresh):
-        output = task.forward(
-            params, {"carry": memory}, batch | {"fresh": fresh * np.ones(4, np.float32)},
-            key=None, train=False, warmup=False, max_steps=6, probe=None,
-        )  # fmt: skip
-        return output.loss
+        begun = batch | {"fresh": fresh * np.ones(4, np.float32)}
+        return forward(task, config, params, {}, memory, begun, max_steps=6).loss
 
-    empty = task.carry(train=True)
+    empty = task.carry(True)
     old = jax.tree.map(lambda a: a + 1, empty)
     old = dataclasses.replace(old, filled=np.full(4, 4, np.int32))
     assert float(loss(old, 1.0)) == pytest.approx(float(loss(empty, 0.0)), rel=1e-6)
@@ -239,8 +247,8 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name):
     config = PRESETS[name]
-    task = LanguageTask(config, make_mesh(jax.devices()[:1]), 267_735)
-    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    task = build_task(config, make_mesh(jax.devices()[:1]))
+    params, _ = jax.eval_shape(functools.partial(init, task), jax.random.key(0))
     count = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
     assert count / 1e6 == pytest.approx(PUBLISHED[name], rel=0.08)
     assert config.train.steps == 300_000 and config.optim.clip == 0.25
@@ -250,10 +258,9 @@ def test_converted_weights_start_a_run(tmp_path, small_text, capsys):
     """A state dict under the published names, written backwards from a tree of ours."""
     config = prose(tmp_path / "run", compare=False, **small_text)
     config = fields.replace(config, {"model.cutoffs": (4,), "model.div_val": 2, "train.steps": 0})
-    texts, mesh = data.build_data(config), make_mesh(jax.devices()[:1])
-    words = len(texts.corpus.vocabulary)
-    task = LanguageTask(config, mesh, words)
-    params = jax.device_get(task.init(jax.random.key(5))[0])
+    texts, mesh = data.open_data(config), make_mesh(jax.devices()[:1])
+    task = build_task(config, mesh, texts)
+    params = jax.device_get(draw(task, 5)[0])
     leaves = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -316,21 +323,24 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path, small_text):
     with pytest.raises(ValueError, match="features must be even and divide by the heads"):
         prose(tmp_path, **{"model.heads": 3})
     with pytest.raises(UsageError, match="cutoffs must rise .* set model.cutoffs"):
-        LanguageTask(prose(tmp_path, **{"model.cutoffs": (50,)}), None, 20)
-    for name in ("train.batch_size", "data.eval_batch_size"):
-        with pytest.raises(UsageError, match=rf"--{name}=15 for 2 devices; wanted a multiple"):
-            LanguageTask(prose(tmp_path, **{name: 15}), make_mesh(jax.devices()[:2]), 40)
+        build_model(prose(tmp_path, **{"model.cutoffs": (50,)}), None, 20)
     config = prose(tmp_path, **small_text)
+    mesh = make_mesh(jax.devices()[:2])
+    with pytest.raises(UsageError, match=r"--data.eval_batch_size=15 for 2 devices; wanted a mul"):
+        build_task(fields.replace(config, {"data.eval_batch_size": 15}), mesh)
+    uneven = fields.replace(config, {"train.batch_size": 15})
+    with pytest.raises(UsageError, match=r"--train.batch_size=15 for 2 devices; wanted a multiple"):
+        train(build_task(uneven, mesh), uneven, iter(()), mesh=mesh)
     with pytest.raises(UsageError, match="wanted at least .* take fewer streams"):
-        data.build_data(fields.replace(config, {"train.batch_size": 100}))
+        data.open_data(fields.replace(config, {"train.batch_size": 100}))
     for change, message in (
         ({"data.dir": str(tmp_path / "nowhere")}, "wiki.train.tokens cannot be read"),
         ({"data.name": "wikitext-103", "data.dir": str(tmp_path)}, "wikitext/103 is not prepared"),
     ):
         with pytest.raises(MissingData, match=message):
-            data.build_data(fields.replace(config, change))
+            data.open_data(fields.replace(config, change))
     (tmp_path / "text" / "wiki.test.tokens").write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="test is not UTF-8 text"):
-        data.build_data(config)
+        data.open_data(config)
     with pytest.raises(UsageError, match="words and line ends in train of .*truncated"):
-        data.build_data(fields.replace(config, {"data.name": "wikitext-2"}))
+        data.open_data(fields.replace(config, {"data.name": "wikitext-2"}))

@@ -5,6 +5,7 @@ import functools
 import inspect
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +19,10 @@ from deq_jax.models import AdaptiveEmbedding, DEQTransformer, TransformerCell
 from deq_jax.training import (
     EvalConfig,
     JacConfig,
+    Mean,
     OptimConfig,
-    Output,
     SolverConfig,
+    Task,
     TrainConfig,
     UsageError,
     make_train_step,
@@ -30,11 +32,9 @@ from deq_jax.training import (
 )
 from deq_jax.training.evaluation import Evaluator
 from deq_jax.training.optim import make_optimizer
-from deq_jax.training.parallel import pad, place
-from deq_jax.training.precision import InBfloat16, in_bfloat16
+from deq_jax.training.parallel import InBfloat16, in_bfloat16, pad, place
 from deq_jax.training.state import TrainState, abstract_state, create_state
 from deq_jax.training.step import make_update
-from deq_jax.training.task import CARRY
 
 CONFIG = example.ExampleConfig(
     solver=SolverConfig(max_steps=20, tol=1e-6),
@@ -44,37 +44,30 @@ CONFIG = example.ExampleConfig(
 BATCH = example.make_batch(0, 16, padding=3)
 
 
-class Regression(example.Regression):
+def Regression(config, fixed_point=deq.fixed_point, **changes):
     """Without masks, which every part of a batch would draw for itself."""
-
-    def forward(self, params, extra, batch, *, train, **rest):
-        output = super().forward(params, extra, batch, train=False, **rest)
-        return dataclasses.replace(output, extra={"seen": extra["seen"] + batch["mask"].sum()})
+    return example.Regression(config, fixed_point, masked=False, **changes)
 
 
-class Remembering(Regression):
+def Remembering(config, fixed_point=deq.fixed_point):
     """Predicts from what the batch before has left, too."""
-
-    def carry(self, *, train):
-        return {"last": jnp.zeros((16, 1))}
-
-    def forward(self, params, extra, batch, **rest):
-        last = extra[CARRY]["last"]
-        output = super().forward(params, extra, {**batch, "x": batch["x"] + last}, **rest)
-        return dataclasses.replace(
-            output, extra={**output.extra, CARRY: {"last": last + batch["x"][:, :1]}}
-        )
+    return Regression(
+        config,
+        fixed_point,
+        carry=lambda train: {"last": jnp.zeros((16, 1))},
+        inputs=lambda batch, carry: (batch["x"] + carry["last"], batch["mask"]),
+        leave=lambda predicted: {"last": jnp.tanh(predicted)[:, None]},
+    )
 
 
-class Weighted(Regression):
+def Weighted(config, fixed_point=deq.fixed_point):
     """A mean in which examples count for as much as they say."""
 
-    def forward(self, params, extra, batch, **rest):
-        output = super().forward(params, extra, batch, **rest)
+    def loss(predicted, batch):
         weight = batch["mask"] * (0.1 + batch["x"][:, 0] ** 2)
-        prediction = output.solution.value @ params["v"]
-        total = ((prediction - batch["y"]) ** 2 * weight).sum()
-        return dataclasses.replace(output, loss=total / weight.sum(), weight=weight.sum())
+        return {"loss": Mean(((predicted - batch["y"]) ** 2 * weight).sum(), weight.sum())}
+
+    return Regression(config, fixed_point, loss=loss)
 
 
 def run(task, config, devices=1, steps=2):
@@ -112,21 +105,23 @@ def test_parts_of_a_batch_give_the_step_of_the_whole(task, devices):
     parts, got = run(task, dataclasses.replace(CONFIG, accumulate=4), devices)
     assert_close(parts, whole)
     assert_measured(got, expected)
-    assert parts.extra["seen"] == 16 + 13
+    assert parts.extra["seen"]["total"] == 16 + 13
 
 
 def test_parts_have_masks_and_probes_of_their_own():
     config = dataclasses.replace(CONFIG, jac=JacConfig(gamma=0.5), accumulate=2)
     seen = []
 
-    class Task(example.Regression):
-        def forward(self, params, extra, batch, *, key, **rest):
-            jax.debug.callback(lambda k: seen.append(k.tolist()), jax.random.key_data(key))
-            return super().forward(params, extra, batch, key=key, **rest)
+    def task(config, fixed_point):
+        def solve(f, params, z0, x, **options):
+            jax.debug.callback(lambda mask: seen.append(mask.tobytes()), x[1])
+            return fixed_point(f, params, z0, x, **options)
 
-    _, measured = run(Task, config, steps=1)
+        return example.Regression(config, solve)
+
+    _, measured = run(task, config, steps=1)
     jax.effects_barrier()
-    assert len({tuple(key) for key in seen}) == 2
+    assert len(set(seen)) == 2
     assert measured["penalty"] > 0
 
 
@@ -348,23 +343,25 @@ def test_padding_and_broken_examples_count_for_nothing_in_the_jacobian_s_numbers
     mask[10:] = 0
     batch = {"scale": scale, "mask": mask}
 
-    class Linear:
-        def init(self, key):
-            return {}, {}
+    class Linear(nn.Module):
+        solver: deq.Anderson
+        adjoint: None = None
 
-        def forward(self, params, extra, batch, *, max_steps, **rest):
-            z0 = jnp.zeros((16, 400))
+        def __call__(self, scale, *, train, max_steps=None, probe=None):
             f = lambda params, z, x: x * z  # noqa: E731
-            solver = config.build_eval_solver()
             solution = deq.fixed_point(
-                f, None, z0, batch["scale"], solver=solver, max_steps=max_steps
+                f, None, jnp.zeros((16, 400)), scale, solver=self.solver, max_steps=max_steps
             )
-            solution = dataclasses.replace(solution, equation=deq.Equation(f, None, batch["scale"]))
-            return Output(jnp.float32(0), {"count": batch["mask"].sum()}, extra, solution)
+            return (), dataclasses.replace(solution, equation=deq.Equation(f, None, scale))
 
     mesh = parallel.make_mesh(jax.devices()[:1])
-    task = Linear()
-    state = create_state(task, make_optimizer(config.optim, 10), 0, mesh)
+    task = Task(
+        model=Linear(config.build_solver()),
+        inputs=lambda batch, carry: (batch["scale"],),
+        loss=lambda output, batch: {"loss": Mean(jnp.float32(0), batch["mask"].sum())},
+        sample={"scale": jax.ShapeDtypeStruct((16, 1), jnp.float32)},
+    )
+    state = TrainState(step=jnp.int32(0), params={}, opt_state=None, extra={})
     found = Evaluator(task, config, lambda: [batch], mesh=mesh)(state)[1]
     assert found["spectral_radius"] == pytest.approx(0.5, rel=1e-3)
     assert found["penalty"] == pytest.approx(0.25, rel=0.1)
@@ -535,7 +532,7 @@ def test_a_transformer_says_what_of_its_operands_is_split():
         @functools.partial(jax.jit, static_argnums=1)
         def loss(params, model, train=dropout):
             rngs = {"dropout": jax.random.key(1)}
-            return model.apply(params, words, words, memory, train=train, rngs=rngs)[0].mean()
+            return model.apply(params, words, words, memory, train=train, rngs=rngs)[0][0].mean()
 
         got = jax.grad(loss)(params, sharded)
         assert_close(got, jax.grad(loss)(params, build(deq.fixed_point)))
@@ -551,11 +548,11 @@ def test_no_collective_stands_in_a_loop_of_a_real_training_step(name, tmp_path):
     if name == "digits":
         from test_experiments import digits
 
-        from experiments.image_classification.task import ImageTask
+        from experiments.image_classification.task import build_task
 
         config = digits(tmp_path)
         config = dataclasses.replace(config, jac=JacConfig(gamma=0.5, prob=0.5))
-        task = ImageTask(config, mesh)
+        task = build_task(config, mesh)
         rng = np.random.default_rng(0)
         batch = {
             "image": rng.normal(size=(16, 8, 8, 1)).astype(np.float32),
@@ -565,11 +562,11 @@ def test_no_collective_stands_in_a_loop_of_a_real_training_step(name, tmp_path):
     else:
         from test_language import prose
 
-        from experiments.language_modeling.task import LanguageTask
+        from experiments.language_modeling.task import build_task
 
         config = prose(tmp_path, **{"train.batch_size": 8, "data.eval_batch_size": 8})
         config = dataclasses.replace(config, jac=JacConfig(gamma=0.5, prob=0.5))
-        task = LanguageTask(config, mesh, 40)
+        task = build_task(config, mesh)
         words = np.zeros((8, 4), np.int32)
         ones = np.ones(8, np.float32)
         batch = {"words": words, "targets": words, "weight": np.ones((8, 4), np.float32)}

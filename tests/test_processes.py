@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from launcher import Launcher
 
-from deq_jax.training import read_history, watch
+from deq_jax.training import distributed, read_history
 
 pytestmark = pytest.mark.slow
 
@@ -125,7 +125,7 @@ def test_when_one_is_killed_the_others_say_so_and_all_resume(launcher, alone, wo
     ends = launcher.together(2, f"--workdir={workdir}", own={victim: fatal})
     survivor = ends[1 - victim]
     assert ends[victim].returncode == -signal.SIGKILL
-    assert survivor.returncode == watch.EXIT_CODE
+    assert survivor.returncode == distributed.EXIT_CODE
     assert survivor.seconds - ends[victim].seconds < 60
     assert f"error: process {victim}" in survivor.stderr
     assert AGAIN in survivor.stderr
@@ -136,7 +136,7 @@ def test_when_one_is_killed_the_others_say_so_and_all_resume(launcher, alone, wo
 def test_an_error_of_one_ends_all(launcher, tmp_path):
     own = {1: ["--data.die_at=13", "--data.die_by=0"]}
     ends = launcher.together(2, f"--workdir={tmp_path}", "--train.checkpoint_every=1", own=own)
-    assert [end.returncode for end in ends] == [watch.EXIT_CODE, 1]
+    assert [end.returncode for end in ends] == [distributed.EXIT_CODE, 1]
     assert "error: process 1: the data is gone" in ends[1].stderr
     assert "error: process 1 is gone" in ends[0].stderr
 

@@ -21,13 +21,16 @@ from deq_jax.training import (
     train,
 )
 from deq_jax.training.parallel import make_mesh
+from deq_jax.training.task import forward as task_forward
+from deq_jax.training.task import init
+from experiments.common import run as common_run
+from experiments.common.mdeq import check_size
 from experiments.image_classification.presets import PRESETS as IMAGE_PRESETS
-from experiments.image_classification.task import ImageTask
+from experiments.image_classification.task import build_task as build_image_task
 from experiments.segmentation import data as seg_data
 from experiments.segmentation import main as seg_main
 from experiments.segmentation import report, task
 from experiments.segmentation.presets import PRESETS
-from experiments.trunk import check_size
 
 pixel_loss = jax.jit(task.pixel_loss)
 
@@ -45,7 +48,7 @@ def pixels():
 
 def test_loss_is_the_weighted_mean_over_labelled_pixels(pixels):
     scores, labels, mask, weights = pixels
-    loss, sums = pixel_loss(scores, labels, mask, jnp.asarray(weights))
+    means = pixel_loss(scores, labels, mask, jnp.asarray(weights))
     total = weight = count = 0.0
     for b, i, j in np.ndindex(labels.shape):
         y = labels[b, i, j]
@@ -53,8 +56,8 @@ def test_loss_is_the_weighted_mean_over_labelled_pixels(pixels):
             row = scores[b, i, j].astype(np.float64)
             total += weights[y] * (np.log(np.exp(row).sum()) - row[y])
             weight, count = weight + weights[y], count + 1
-    np.testing.assert_allclose(loss, total / weight, rtol=1e-5)
-    assert sums["count"] == sums["confusion"].sum() == count
+    np.testing.assert_allclose(means["loss"].value, total / weight, rtol=1e-5)
+    assert means["confusion"].count == means["confusion"].total.sum() == count
 
 
 def test_padding_changes_nothing_whatever_it_holds(pixels):
@@ -70,7 +73,7 @@ def test_a_batch_without_a_label_costs_nothing(pixels):
     nothing = np.full_like(labels, 255)
 
     def loss(scores):
-        return pixel_loss(scores, nothing, mask, jnp.asarray(weights))[0]
+        return pixel_loss(scores, nothing, mask, jnp.asarray(weights))["loss"].value
 
     value, gradient = jax.value_and_grad(loss)(jnp.asarray(scores))
     assert value == 0 and not gradient.any()
@@ -78,13 +81,13 @@ def test_a_batch_without_a_label_costs_nothing(pixels):
 
 def test_confusion_matrix_and_iou_match_numpy(pixels):
     scores, labels, mask, weights = pixels
-    _, sums = pixel_loss(scores, labels, mask, jnp.asarray(weights))
+    means = pixel_loss(scores, labels, mask, jnp.asarray(weights))
     guess = scores.argmax(-1)
     counted = (labels != 255) & (mask[:, None, None] > 0)
     expected = np.asarray(
         [[(counted & (labels == t) & (guess == p)).sum() for p in range(4)] for t in range(4)]
     )
-    np.testing.assert_array_equal(sums["confusion"], expected)
+    np.testing.assert_array_equal(means["confusion"].total, expected)
     for c, value in enumerate(task.iou(expected.astype(np.float64))):
         hit = (counted & (labels == c) & (guess == c)).sum()
         assert value == hit / (counted & ((labels == c) | (guess == c))).sum()
@@ -149,7 +152,7 @@ def scenes(monkeypatch):
 
     monkeypatch.setattr(seg_data.sources, "open_tfds", open_tfds)
     mesh = make_mesh(jax.devices()[:2])
-    monkeypatch.setattr(seg_main, "make_mesh", lambda: mesh)
+    monkeypatch.setattr(common_run, "make_mesh", lambda: mesh)
     return mesh
 
 
@@ -185,10 +188,10 @@ def _check_evaluation_over_devices(config, trained):
         config, data=data, eval=dataclasses.replace(config.eval, budgets=(), spectral_batches=0)
     )
     mesh = make_mesh(jax.devices()[:1])
-    sets = seg_data.build_data(alone)
-    seen = task.SegmentationTask(alone, mesh, names=sets.classes.names, weights=sets.weights)
+    sets = seg_data.open_data(alone)
+    seen = task.build_task(alone, mesh, sets)
     state = jax.device_put(trained.result.state, mesh.devices[0])
-    again = evaluate(seen, alone, state, sets.eval, mesh=mesh, summarize=seen.summarize)[3]
+    again = evaluate(seen, alone, state, sets.eval, mesh=mesh)[3]
     before = trained.result.evaluation[3]
     for name, value in again.items():
         # The class of a pixel whose best two scores are equal is a matter of rounding.
@@ -200,8 +203,8 @@ def _check_resuming(config, trained, mesh):
     """From the checkpoint of step 2: the same bits, without what follows it."""
     part = dataclasses.replace(config, workdir=config.workdir + "/model")
     shutil.rmtree(f"{part.workdir}/checkpoints/{4:09d}")
-    sets = seg_data.build_data(part)
-    result = train(trained.task, part, sets.train, mesh=mesh, summarize=trained.task.summarize)
+    sets = seg_data.open_data(part)
+    result = train(trained.task, part, sets.train, mesh=mesh)
     first, second = (jax.tree.leaves(s) for s in (trained.result.state, result.state))
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -210,7 +213,7 @@ def _check_resuming(config, trained, mesh):
 
 
 def test_evaluation_is_of_whole_images_counted_once(tmp_path, scenes):
-    sets = seg_data.build_data(tiny(tmp_path))
+    sets = seg_data.open_data(tiny(tmp_path))
     batches = list(sets.eval())
     assert [batch["mask"].tolist() for batch in batches] == [[1, 1], [1, 1], [1, 0]]
     assert batches[0]["image"].shape == (2, 32, 64, 3)
@@ -219,19 +222,16 @@ def test_evaluation_is_of_whole_images_counted_once(tmp_path, scenes):
 
 
 def test_loss_of_a_summary_is_over_all_pixels_at_once():
-    config = tiny("runs/unused")
     names = [f"class {i}" for i in range(11)]
-    seen = task.SegmentationTask(config, make_mesh(), names=names, weights=np.ones(11))
     matrix = np.zeros((11, 11))
     matrix[:2, :2] = [[3, 1], [0, 4]]
-    values = seen.summarize(
+    values = task.summarize(
+        names,
         {
-            "loss": Mean(9.0, 2.0),  # a mean of means
+            "loss": Mean(6.0, 12.0),
             "fwd_steps": Mean(8.0, 2.0),
-            "nll": Mean(6.0, 8.0),
-            "weight": Mean(12.0, 8.0),
             "confusion": Mean(matrix, 8.0),
-        }
+        },
     )
     assert values == {
         "loss": 0.5,
@@ -245,7 +245,7 @@ def test_loss_of_a_summary_is_over_all_pixels_at_once():
 
 def test_the_pictures_are_of_different_images_and_the_right_colours(scenes, tmp_path):
     config = tiny(tmp_path)
-    chosen = report.pick(config, seg_data.build_data(config).source)
+    chosen = report.pick(config, seg_data.open_data(config).source)
     for record, index in zip(chosen, (0, 2), strict=True):
         np.testing.assert_array_equal(record["image"], Scenes(5).images[index])
     palette = seg_data.CLASSES["camvid"].palette
@@ -266,13 +266,13 @@ def test_what_does_not_fit_is_refused_in_words(scenes, tmp_path):
     deep = dataclasses.replace(config.model, channels=(4,) * 6)
     wide = dataclasses.replace(config.data, crop=(64, 64))
     with pytest.raises(UsageError, match=r"camvid at full size: .*multiple of 64"):
-        seg_data.build_data(dataclasses.replace(config, model=deep, data=wide))
+        seg_data.open_data(dataclasses.replace(config, model=deep, data=wide))
     with pytest.raises(UsageError, match="has 11 classes; set model.classes"):
         many = dataclasses.replace(config.model, classes=19)
-        seg_data.build_data(dataclasses.replace(config, model=many))
+        seg_data.open_data(dataclasses.replace(config, model=many))
     with pytest.raises(UsageError, match="class_weights to frequency or none"):
         published = dataclasses.replace(config.data, class_weights="published")
-        seg_data.build_data(dataclasses.replace(config, data=published))
+        seg_data.open_data(dataclasses.replace(config, data=published))
     with pytest.raises(ValueError, match="multiple of 2"):
         dataclasses.replace(config, data=dataclasses.replace(config.data, crop=(16, 31)))
     with pytest.raises(ValueError, match="scale_high must be at least scale_low"):
@@ -308,11 +308,8 @@ def test_presets_trace_at_their_own_sizes(name):
     """Shapes only: a training pass of the warm-up on crops, and an evaluation of whole frames."""
     config = PRESETS[name]
     count = config.model.classes
-    labels = [str(i) for i in range(count)]
-    seen = task.SegmentationTask(
-        config, make_mesh(jax.devices()[:1]), names=labels, weights=np.ones(count)
-    )
-    params, extra = jax.eval_shape(seen.init, jax.random.key(0))
+    seen = task.build_task(config, make_mesh(jax.devices()[:1]))
+    params, extra = jax.eval_shape(functools.partial(init, seen), jax.random.key(0))
     frame = (192, 256) if config.data.name == "camvid" else (1024, 2048)
 
     def forward(size, train):
@@ -321,30 +318,31 @@ def test_presets_trace_at_their_own_sizes(name):
             "label": jax.ShapeDtypeStruct((1, *size), np.int32),
             "mask": jax.ShapeDtypeStruct((1,), np.float32),
         }
-        run = functools.partial(
-            seen.forward,
-            key=jax.random.key(0) if train else None,
-            train=train,
-            warmup=train,
-            max_steps=0 if train else config.eval_steps,
-            probe=None,
-        )
+
+        def run(params, extra, batch):
+            key = jax.random.key(0) if train else None
+            found = task_forward(
+                seen, config, params, extra, None, batch, key=key, train=train, warmup=train
+            )
+            return found.loss, found.means["confusion"]
+
         return jax.eval_shape(run, params, extra, batch)
 
-    for output in (forward(config.data.crop, True), forward(frame, False)):
-        assert output.loss.shape == () and output.loss.dtype == np.float32
-        assert output.sums["confusion"].shape == (count, count)
-        assert output.sums["confusion"].dtype == output.sums["count"].dtype == np.int32
+    for loss, confusion in (forward(config.data.crop, True), forward(frame, False)):
+        assert loss.shape == () and loss.dtype == np.float32
+        assert confusion.total.shape == (count, count)
+        assert confusion.total.dtype == confusion.count.dtype == np.int32
 
 
 @pytest.mark.parametrize("size", ["small", "large", "xl"])
 def test_the_trunk_of_an_imagenet_model_fits(size):
     """What --init_from takes over: every array of stem and equilibrium, none of the head."""
     mesh = make_mesh(jax.devices()[:1])
-    theirs = ImageTask(IMAGE_PRESETS[f"imagenet_{size}"], mesh)
-    names, weights = [str(i) for i in range(19)], np.ones(19)
-    ours = task.SegmentationTask(PRESETS[f"cityscapes_{size}"], mesh, names=names, weights=weights)
-    there, here = (jax.eval_shape(t.init, jax.random.key(0)) for t in (theirs, ours))
+    theirs = build_image_task(IMAGE_PRESETS[f"imagenet_{size}"], mesh)
+    ours = task.build_task(PRESETS[f"cityscapes_{size}"], mesh)
+    there, here = (
+        jax.eval_shape(functools.partial(init, t), jax.random.key(0)) for t in (theirs, ours)
+    )
     for part in ("stem", "equilibrium"):
         assert there[0][part] == here[0][part]
     assert there[1]["batch_stats"]["stem"] == here[1]["batch_stats"]["stem"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,12 +22,18 @@ from deq_jax.training import (
     make_train_step,
     metrics,
     parallel,
-    regularize,
 )
 from deq_jax.training.optim import make_optimizer
 from deq_jax.training.parallel import place
 from deq_jax.training.state import create_state, split_seed
-from deq_jax.training.step import forward_metrics, make_update
+from deq_jax.training.step import (
+    draw_step,
+    forward_metrics,
+    is_penalised,
+    make_update,
+    penalty_weight,
+)
+from deq_jax.training.task import forward
 
 CONFIG = example.ExampleConfig(
     solver=SolverConfig(max_steps=20, tol=1e-5),
@@ -40,9 +47,10 @@ def with_jac(**settings):
     return dataclasses.replace(CONFIG, jac=JacConfig(**settings))
 
 
-def build(config=CONFIG, devices=1, warmup=False):
+def build(config=CONFIG, devices=1, warmup=False, sharded=False, **changes):
     mesh = parallel.make_mesh(jax.devices()[:devices])
-    task = example.Regression(config)
+    solve = parallel.sharded_fixed_point(mesh) if sharded else deq.fixed_point
+    task = example.Regression(config, solve, **changes)
     optimizer = make_optimizer(config.optim, config.train.steps)
     step = make_train_step(task, config, optimizer, mesh, warmup=warmup)
     return task, mesh, create_state(task, optimizer, config.train.seed, mesh), step
@@ -62,13 +70,15 @@ def test_a_step_is_the_gradient_step_of_loss_plus_gamma_times_penalty():
     model_key, _, probe_key = jax.random.split(jax.random.fold_in(split_seed(0)[1], 0), 3)
 
     def objective(params):
-        output = task.forward(
+        output = forward(
+            task,
+            config,
             params,
             state.extra,
+            None,
             BATCH,
             key=model_key,
             train=True,
-            warmup=False,
             max_steps=20,
             probe=None,
         )
@@ -83,7 +93,7 @@ def test_a_step_is_the_gradient_step_of_loss_plus_gamma_times_penalty():
     np.testing.assert_allclose(got["loss"] + 0.7 * got["penalty"], value, rtol=1e-5)
     np.testing.assert_allclose(got["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
     assert (got["gamma"], got["lr"], int(state.step)) == (pytest.approx(0.7), 0.5, 1)
-    assert float(state.extra["seen"]) == 16
+    assert float(state.extra["seen"]["total"]) == 16
 
 
 def test_the_penalty_is_drawn_with_its_probability_and_changes_what_is_learnt():
@@ -106,7 +116,7 @@ def test_the_penalty_is_drawn_with_its_probability_and_changes_what_is_learnt():
 def test_the_random_budget_can_be_drawn_on_every_step():
     config = with_jac(budget_low=-2, budget_on="all")
     keys = jax.random.split(jax.random.key(0), 200)
-    drawn = jax.vmap(lambda key: regularize.draw(config, jnp.int32(0), key))(keys)
+    drawn = jax.vmap(lambda key: draw_step(config, jnp.int32(0), key))(keys)
     assert set(drawn.budget.tolist()) == {18, 19, 20}
     assert not drawn.penalise.any()
 
@@ -130,25 +140,24 @@ def test_a_budget_above_the_solvers_own_is_really_spent():
 def test_gamma_follows_its_schedule():
     jac = JacConfig(gamma=2.0, increment=0.1, increment_every=10, stop_step=60, warmup_gamma=0.03)
     steps = jnp.array([0, 19, 20, 29, 30, 59, 60, 90])
-    got = regularize.gamma(jac, steps, warmup_steps=20)
+    got = penalty_weight(jac, steps, warmup_steps=20)
     np.testing.assert_allclose(got, [0.03, 0.03, 2.0, 2.0, 2.1, 2.3, 0, 0], rtol=1e-6)
 
 
 def test_without_a_penalty_none_is_compiled():
     _, mesh, state, step = build(CONFIG)
     assert "penalty" not in step(state, place(BATCH, mesh))[1]
-    assert regularize.is_used(with_jac(gamma=0.0, warmup_gamma=0.1), warmup=True)
-    assert not regularize.is_used(with_jac(gamma=0.1), warmup=True)
+    assert is_penalised(with_jac(gamma=0.0, warmup_gamma=0.1), warmup=True)
+    assert not is_penalised(with_jac(gamma=0.1), warmup=True)
 
 
 def test_warm_up_trains_the_unrolled_network():
     config = dataclasses.replace(CONFIG, train=TrainConfig(warmup_steps=10, warmup_layers=3))
-    task, mesh, state, step = build(config, warmup=True)
-    key = jax.random.split(jax.random.fold_in(split_seed(0)[1], 0), 3)[0]
+    task, mesh, state, step = build(config, warmup=True, masked=False)
 
     def loss(params):
         injected = BATCH["x"] @ params["U"] + params["b"][None]
-        mask = deq.masks.bernoulli(key, injected.shape, 0.1)
+        mask = jnp.ones_like(injected)
         z = jnp.zeros_like(injected)
         for _ in range(3):
             z = example.cell({"W": params["W"]}, z, (injected, mask))
@@ -224,16 +233,7 @@ def test_padding_counts_for_nothing():
     results = []
     for batch in (padded, short):
         task, mesh, state, _ = build(CONFIG)
-        output = task.forward(
-            state.params,
-            state.extra,
-            batch,
-            key=None,
-            train=False,
-            warmup=False,
-            max_steps=20,
-            probe=None,
-        )
+        output = forward(task, CONFIG, state.params, state.extra, None, batch, max_steps=20)
         results.append(compute(forward_metrics(output, batch)))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
@@ -261,9 +261,7 @@ def test_one_and_eight_devices_learn_the_same(sharded):
     )
     outcomes = []
     for devices in (1, 8):
-        task, mesh, state, step = build(config, devices=devices)
-        if sharded:
-            task.fixed_point = parallel.sharded_fixed_point(mesh)
+        task, mesh, state, step = build(config, devices=devices, sharded=sharded)
         totals = {}
         for index in range(4):
             state, measured = step(state, place(example.make_batch(index, 16), mesh))
@@ -280,18 +278,18 @@ def test_one_and_eight_devices_learn_the_same(sharded):
 
 def test_a_penalty_without_a_solution_is_refused():
     config = with_jac(gamma=1.0)
-    task, mesh, state, _ = build(config)
+    task, mesh, _, _ = build(config)
 
-    class Explicit:
-        init = task.init
+    class Explicit(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train):
+            return nn.Dense(1)(x)[:, 0]
 
-        def forward(self, params, extra, batch, **settings):
-            output = task.forward(params, extra, batch, **settings)
-            return dataclasses.replace(output, solution=None)
-
+    task = dataclasses.replace(task, model=Explicit(), inputs=lambda batch, carry: (batch["x"],))
     optimizer = make_optimizer(config.optim, config.train.steps)
-    step = make_train_step(Explicit(), config, optimizer, mesh)
-    with pytest.raises(ValueError, match=r"wanted the solution of the DEQ layer.*set jac\.gamma"):
+    state = create_state(task, optimizer, 0, mesh)
+    step = make_train_step(task, config, optimizer, mesh)
+    with pytest.raises(ValueError, match=r"without a DEQ layer; wanted .*or jac\.gamma"):
         step(state, place(BATCH, mesh))
 
 
@@ -312,11 +310,8 @@ def test_budgets_of_evaluation_do_not_change_training():
     evaluator = Evaluator(task, own, example.eval_batches, mesh=mesh)
     found = evaluator(state)
     assert found.keys() == {3, 9, 25}
-    assert [found[b]["fwd_steps"] for b in (3, 9)] == [3, pytest.approx(8, abs=1)]
-    output = task.forward(
-        state.params, state.extra, BATCH, key=None, train=False, warmup=False, max_steps=3,
-        probe=None,
-    )  # fmt: skip
+    assert [found[b]["fwd_steps"] for b in (3, 9)] == [3, pytest.approx(7, abs=2)]
+    output = forward(task, own, state.params, state.extra, None, BATCH, max_steps=3)
     assert output.solution.stats.trace.shape == (25, 16)
 
 

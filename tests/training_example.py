@@ -8,7 +8,9 @@ import dataclasses
 import os
 import signal
 import sys
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +21,9 @@ from deq_jax.training import (
     Config,
     EvalConfig,
     JacConfig,
-    Output,
+    Mean,
     SolverConfig,
+    Task,
     TrainConfig,
     UsageError,
     distributed,
@@ -38,56 +41,72 @@ def cell(params, z, x):
     return mask * jnp.tanh(z @ params["W"] + injected)
 
 
-class Regression:
-    """f(z; x) = mask * tanh(W z + U x + b), prediction v z*, squared error."""
+class Network(nn.Module):
+    """f(z; x) = mask * tanh(W z + U x + b), prediction v z*; counts the examples it has seen."""
 
-    def __init__(self, config, fixed_point=deq.fixed_point):
-        self.config, self.fixed_point = config, fixed_point
+    solver: Any
+    adjoint: Any = None
+    keep: str = "best"
+    fixed_point: Any = deq.fixed_point
+    masked: bool = True
+    gain: float = 0.8
 
-    def init(self, key):
-        w, u, v = jax.random.split(key, 3)
-        params = {
-            "W": 0.8 * deq.init.gaussian(1.0)(w, (WIDTH, WIDTH), jnp.float32),
-            "U": jax.random.normal(u, (4, WIDTH)),
-            "b": jnp.zeros(WIDTH),
-            "v": jax.random.normal(v, (WIDTH,)),
-        }
-        return params, {"seen": jnp.float32(0)}
-
-    def forward(self, params, extra, batch, *, key, train, warmup, max_steps, probe):
-        injected = batch["x"] @ params["U"] + jnp.broadcast_to(
-            params["b"], (batch["x"].shape[0], WIDTH)
-        )
+    @nn.compact
+    def __call__(self, x, real, *, train, max_steps=None, probe=None):
+        w = self.param("W", deq.init.gaussian(self.gain), (WIDTH, WIDTH))
+        u = self.param("U", nn.initializers.normal(0.5), (4, WIDTH))
+        v = self.param("v", nn.initializers.normal(1.0), (WIDTH,))
+        bias = self.param("b", nn.initializers.zeros, (WIDTH,))
+        injected = x @ u + jnp.broadcast_to(bias, (len(x), WIDTH))
+        seen = self.variable("seen", "total", lambda: jnp.float32(0))
         mask = jnp.ones_like(injected)
         if train:
-            mask = deq.masks.bernoulli(key, injected.shape, 0.1)
-        adjoint = self.config.backward.build_adjoint()
-        if warmup:
-            adjoint = deq.Unroll(self.config.train.warmup_layers)
-        operands = {"W": params["W"]}
+            seen.value += real.sum()
+            if self.masked:
+                mask = deq.masks.bernoulli(self.make_rng("dropout"), injected.shape, 0.1)
+        operands = {"W": w}
         solution = self.fixed_point(
             cell,
             operands,
             jnp.zeros_like(injected),
             (injected, mask),
-            solver=self.config.build_solver() if train else self.config.build_eval_solver(),
-            adjoint=adjoint,
-            keep=self.config.solver.keep,
+            solver=self.solver,
+            adjoint=self.adjoint,
+            keep=self.keep,
             max_steps=max_steps,
             probe=probe,
         )
-        solution = dataclasses.replace(
-            solution, equation=deq.Equation(cell, operands, (injected, mask))
-        )
-        error = (solution.value @ params["v"] - batch["y"]) ** 2
-        count = batch["mask"].sum()
-        total = (error * batch["mask"]).sum()
-        return Output(
-            loss=total / count,
-            sums={"squared_error": total, "count": count},
-            extra={"seen": extra["seen"] + count} if train else extra,
-            solution=solution,
-        )
+        equation = deq.Equation(cell, operands, (injected, mask))
+        return solution.value @ v, dataclasses.replace(solution, equation=equation)
+
+
+def squared_error(predicted, batch):
+    error = (predicted - batch["y"]) ** 2 * batch["mask"]
+    mean = Mean(error.sum(), batch["mask"].sum())
+    return {"loss": mean, "squared_error": mean}
+
+
+def Regression(config, fixed_point=deq.fixed_point, **changes):
+    """Squared error of a `Network`; changes are of fields of the network or of the task."""
+    fields = {name: changes.pop(name) for name in ("masked", "gain") if name in changes}
+    size = config.train.batch_size
+    task = Task(
+        model=Network(
+            config.build_solver(),
+            config.backward.build_adjoint(),
+            config.solver.keep,
+            fixed_point,
+            **fields,
+        ),
+        inputs=lambda batch, carry: (batch["x"], batch["mask"]),
+        loss=squared_error,
+        sample={
+            "x": jax.ShapeDtypeStruct((size, 4), jnp.float32),
+            "y": jax.ShapeDtypeStruct((size,), jnp.float32),
+            "mask": jax.ShapeDtypeStruct((size,), jnp.float32),
+        },
+    )
+    return dataclasses.replace(task, **changes)
 
 
 def make_batch(index, size, padding=0):

@@ -89,9 +89,7 @@ def run(main: Callable[[ConfigT], object], presets: Mapping[str, ConfigT], *, de
             sys.exit(128 + request.signal_number)
         except Exception as error:
             if _is_said_in_words(error):
-                if (
-                    monitor is not None
-                ):  # the others wait for this one, which must not wait for them
+                if monitor is not None:  # others wait for this one, which must not wait for them
                     monitor.fail(f"process {jax.process_index()}: {error}")
                 _fail(str(error))
             if monitor is None:

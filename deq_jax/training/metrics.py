@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 _Array = Any
@@ -22,6 +24,11 @@ class Mean:
 
     total: _Array
     count: _Array
+
+    @property
+    def value(self) -> jax.Array:
+        """Total / count, 0 where the count is 0."""
+        return self.total / jnp.where(self.count > 0, self.count, 1)
 
 
 def merge(left: Mapping[str, Mean], right: Mapping[str, Mean]) -> dict[str, Mean]:

@@ -105,8 +105,7 @@ class Pass:
     @property
     def loss(self) -> jax.Array:
         """float32 scalar, the mean that is minimised; 0 of a batch without examples."""
-        mean = self.means["loss"]
-        return mean.total / jnp.where(mean.count > 0, mean.count, 1)
+        return self.means["loss"].value
 
 
 class DataIterator(Protocol):

@@ -34,39 +34,37 @@ class Experiment:
     write_report: Callable[[Path, Any, Mapping[str, Trained], Any, Mesh], str]
     variants: Callable[[Any], Mapping[str, Any]] = compare.variants
 
+    def run(self, config: Any, **seams: Any) -> dict[str, Trained]:
+        """Runs the experiment; the models train one after the other, from the same data.
 
-def run(experiment: Experiment, config: Any, **seams: Any) -> dict[str, Trained]:
-    """Runs an experiment; the models train one after the other, from the same data.
+        Args:
+          config: the whole configuration.
+          **seams: optimizer, writers and callbacks of `deq_jax.training.train`.
 
-    Args:
-      experiment: what is particular to it.
-      config: the whole configuration.
-      **seams: optimizer, writers and callbacks of `deq_jax.training.train`.
+        Returns:
+          Name -> trained model; {} after a dry run or a diagnosis.
 
-    Returns:
-      Name -> trained model; {} after a dry run or a diagnosis.
+        Example:
+          >>> EXPERIMENT.run(PRESETS["digits"], writers=[Wandb()])  # doctest: +SKIP
+        """
+        mesh, parts = make_mesh(), self.variants(config)
+        if config.dry_run:
+            reporting.show(dry_run.run(parts, lambda c: self.build_task(c, mesh, None), mesh))
+            return {}
+        data = self.open_data(config)  # before anything is written: it may be missing
 
-    Example:
-      >>> run(EXPERIMENT, PRESETS["digits"], writers=[Wandb()])  # doctest: +SKIP
-    """
-    mesh, parts = make_mesh(), experiment.variants(config)
-    if config.dry_run:
-        reporting.show(dry_run.run(parts, lambda c: experiment.build_task(c, mesh, None), mesh))
-        return {}
-    data = experiment.open_data(config)  # before anything is written: it may be missing
+        def build(part: Any) -> Task:
+            return self.build_task(part, mesh, data)
 
-    def build(part: Any) -> Task:
-        return experiment.build_task(part, mesh, data)
-
-    if config.diagnose:
-        reporting.show(diagnose.run(parts, build, data.train, mesh))
-        return {}
-    start, trained = data.train.get_state(), {}
-    with workdir.claimed(config) as folder:
-        for name, part in parts.items():
-            task = build(part)
-            data.train.set_state(start)
-            result = train(task, part, data.train, data.eval, mesh=mesh, **seams)
-            trained[name] = Trained(part, task, result)
-        reporting.show(experiment.write_report(folder, config, trained, data, mesh))
-    return trained
+        if config.diagnose:
+            reporting.show(diagnose.run(parts, build, data.train, mesh))
+            return {}
+        start, trained = data.train.get_state(), {}
+        with workdir.claimed(config) as folder:
+            for name, part in parts.items():
+                task = build(part)
+                data.train.set_state(start)
+                result = train(task, part, data.train, data.eval, mesh=mesh, **seams)
+                trained[name] = Trained(part, task, result)
+            reporting.show(self.write_report(folder, config, trained, data, mesh))
+        return trained

@@ -10,21 +10,20 @@ weights of another run, or from converted ones (deq_jax.convert.mdeq).
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 
 from deq_jax.training import flags
-from experiments.common.run import Experiment, run
+from experiments.common.run import Experiment
 from experiments.image_classification import report
 from experiments.image_classification.data import open_data
 from experiments.image_classification.presets import PRESETS
 from experiments.image_classification.task import build_task
 
 EXPERIMENT = Experiment(open_data=open_data, build_task=build_task, write_report=report.write)
+run = EXPERIMENT.run
 
 if __name__ == "__main__":
     # Two devices on a CPU, whatever its cores: small convolutions use one core each, and the same
     # number everywhere gives the same figures everywhere.  Accelerators are not touched by it.
     jax.config.update("jax_num_cpu_devices", 2)
-    flags.run(partial(run, EXPERIMENT), PRESETS, default="digits")
+    flags.run(run, PRESETS, default="digits")

@@ -45,12 +45,8 @@ def rivals(config: ModelsConfig) -> dict[str, Rival]:
       Name of the preset -> model.
     """
     known = {
-        "prose": Rival(
-            _short(language.PRESETS["prose"], config.steps), language.EXPERIMENT, "perplexity"
-        ),
-        "digits": Rival(
-            _short(images.PRESETS["digits"], config.steps), images.EXPERIMENT, "accuracy"
-        ),
+        "prose": Rival(language.PRESETS["prose"], language.EXPERIMENT, "perplexity"),
+        "digits": Rival(images.PRESETS["digits"], images.EXPERIMENT, "accuracy"),
     }
     return {
         name: dataclasses.replace(known[name], config=_short(known[name].config, config.steps))

@@ -18,7 +18,7 @@ import jax
 
 from deq_jax.training import flags
 from experiments.common.reporting import Trained
-from experiments.common.run import Experiment, run
+from experiments.common.run import Experiment
 from experiments.language_modeling import generate, report
 from experiments.language_modeling.config import LanguageConfig
 from experiments.language_modeling.data import open_data
@@ -28,14 +28,14 @@ from experiments.language_modeling.task import build_task
 EXPERIMENT = Experiment(open_data=open_data, build_task=build_task, write_report=report.write)
 
 
-def main(config: LanguageConfig) -> dict[str, Trained]:
+def run(config: LanguageConfig) -> dict[str, Trained]:
     """Continues a text, or runs the experiment."""
     if config.generate:
         sys.stdout.write(generate.run(config) + "\n")
         return {}
-    return run(EXPERIMENT, config)
+    return EXPERIMENT.run(config)
 
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 2)  # each solves half of the streams, on one core
-    flags.run(main, PRESETS, default="prose")
+    flags.run(run, PRESETS, default="prose")

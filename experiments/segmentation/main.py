@@ -11,19 +11,18 @@ equilibrium from such a folder of an ImageNet model of the same trunk, or from c
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 
 from deq_jax.training import flags
-from experiments.common.run import Experiment, run
+from experiments.common.run import Experiment
 from experiments.segmentation import report
 from experiments.segmentation.data import open_data
 from experiments.segmentation.presets import PRESETS
 from experiments.segmentation.task import build_task
 
 EXPERIMENT = Experiment(open_data=open_data, build_task=build_task, write_report=report.write)
+run = EXPERIMENT.run
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 2)  # small convolutions use one core each
-    flags.run(partial(run, EXPERIMENT), PRESETS, default="camvid_small")
+    flags.run(run, PRESETS, default="camvid_small")

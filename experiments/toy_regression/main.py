@@ -8,10 +8,8 @@ fixed_point_map.png beside them.  About 1.5 minutes on 2 CPU cores.
 
 from __future__ import annotations
 
-from functools import partial
-
 from deq_jax.training import flags
-from experiments.common.run import Experiment, run
+from experiments.common.run import Experiment
 from experiments.toy_regression import report, task
 from experiments.toy_regression.config import PRESETS
 
@@ -21,6 +19,7 @@ EXPERIMENT = Experiment(
     write_report=report.write,
     variants=task.variants,
 )
+run = EXPERIMENT.run
 
 if __name__ == "__main__":
-    flags.run(partial(run, EXPERIMENT), PRESETS, default="paper")
+    flags.run(run, PRESETS, default="paper")
