@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from experiments.image_classification import data as image_data
 from experiments.image_classification import main as image_main
 from experiments.image_classification import presets as image_presets
 from experiments.image_classification import task as image_task
+from experiments.spirals import main as spirals_main
 from experiments.toy_regression import config as toy_config
 from experiments.toy_regression import main as toy_main
 from experiments.toy_regression import task as toy_task
@@ -97,6 +99,19 @@ def test_toy_regression_draws_its_map_and_table(tmp_path, capsys, two_devices):
     table = capsys.readouterr().out
     assert "| 0 " in table and "| 2 " in table and "penalty" in table
     assert (tmp_path / "run" / "fixed_point_map.png").stat().st_size > 10_000
+
+
+def test_spirals_are_separated(tmp_path, capsys, two_devices):
+    """The experiment that is one file, shortened."""
+    preset = spirals_main.PRESETS["spirals"]
+    part = dataclasses.replace(preset.train, steps=300, log_every=100, eval_every=0)
+    config = dataclasses.replace(preset, workdir=str(tmp_path / "run"), train=part, turns=0.8)
+    trained = spirals_main.run(config)
+    assert "| accuracy at 30 steps" in capsys.readouterr().out
+    assert trained["jr"].result.evaluation[30]["accuracy"] > 0.9
+    assert (tmp_path / "run" / "boundary.png").stat().st_size > 10_000
+    lines = Path(spirals_main.__file__).read_text().splitlines()
+    assert len(lines) <= 150
 
 
 class StopAfter:

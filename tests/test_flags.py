@@ -36,9 +36,9 @@ PRESETS = {
 def parse(*args: str) -> ExampleConfig:
     values = absl_flags.FlagValues()
     argv = ["prog", *args]
-    preset = flags.find_preset(PRESETS, "small", argv, values)
-    flags.define(preset, PRESETS, values)
-    return flags.parse_config(PRESETS[preset], argv, values)
+    preset, config = flags.find_defaults(PRESETS, "small", argv, values)
+    flags.define(preset, config, PRESETS, values)
+    return flags.parse_config(config, argv, values)
 
 
 def test_no_flag_gives_the_default_preset():
@@ -62,6 +62,23 @@ def test_a_preset_in_a_flagfile_counts(tmp_path):
     file.write_text("--preset=large\n--model.width=5\n")
     config = parse(f"--flagfile={file}")
     assert (config.model.groups, config.model.width) == (4, 5)
+
+
+def test_a_file_of_a_run_gives_the_defaults(tmp_path):
+    config = fields.replace(PRESETS["large"], {"solver.tol": 0.5, "eval.budgets": (1, 2)})
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(fields.to_dict(config)))
+    assert parse(f"--config={file}") == config
+    assert parse("--model.width=3", f"--config={file}").model.width == 3
+    file.write_text(json.dumps({"solver": {"tolerance": 1}}))
+    with pytest.raises(UsageError, match=r"config.json: got unknown names solver.tolerance"):
+        parse(f"--config={file}")
+    for content in ("[1]", "{"):
+        file.write_text(content)
+        with pytest.raises(UsageError, match="wanted the config.json of a run of this program"):
+            parse(f"--config={file}")
+    with pytest.raises(UsageError, match="No such file"):
+        parse(f"--config={tmp_path / 'absent.json'}")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +145,7 @@ def test_a_field_of_an_unsupported_type_is_the_programmers_error():
         names: dict = option(None, "cannot be written as a flag")
 
     with pytest.raises(TypeError, match="dict"):
-        flags.define("a", {"a": Odd()}, absl_flags.FlagValues())
+        flags.define("a", Odd(), ["a"], absl_flags.FlagValues())
 
 
 def test_a_configuration_survives_json():

@@ -234,7 +234,7 @@ BAD = [
 @pytest.mark.parametrize(("flag", "words"), BAD)
 def test_bad_flags_are_refused_in_words(flag, words):
     values = absl_flags.FlagValues()
-    flags.define("digits", PRESETS, values)
+    flags.define("digits", DIGITS, PRESETS, values)
     with pytest.raises(UsageError, match=words.replace("|", r"\|")):
         flags.parse_config(DIGITS, ["program", flag], values)
 

@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import training_example as example
 
@@ -324,3 +325,68 @@ def test_config_json_holds_the_whole_configuration(tmp_path):
     assert saved["train"] == dataclasses.asdict(TINY.train)
     assert read_history(tmp_path / "run") == []
     assert TrainConfig(**saved["train"]) == TINY.train
+
+
+class Recorder:
+    def __init__(self):
+        self.lines = []
+
+    def write(self, kind, step, values, *, budget=None):
+        self.lines.append({"kind": kind, "step": step, "budget": budget, **values})
+
+
+def test_a_run_takes_writers_callbacks_and_an_optimizer(tmp_path):
+    config = config_for(tmp_path / "run", steps=8, log_every=4, eval_every=4)
+    recorder, called = Recorder(), []
+    result = train(
+        example.Regression(config),
+        config,
+        example.Batches(16),
+        example.eval_batches,
+        mesh=parallel.make_mesh(jax.devices()[:1]),
+        optimizer=optax.sgd(0.0),
+        writers=[recorder],
+        callbacks=[lambda step, state, evaluation: called.append((step, state.step, evaluation))],
+    )
+    written = [{k: v for k, v in line.items() if v is not None} for line in recorder.lines]
+    assert written == result.history
+    assert all("lr" not in line for line in written)
+    assert [(step, int(now)) for step, now, _ in called] == [(k, k) for k in range(1, 9)]
+    assert [evaluation is not None for *_, evaluation in called] == [
+        k in (4, 8) for k in range(1, 9)
+    ]
+    assert called[-1][-1] == result.evaluation
+    start = create_state(
+        example.Regression(config), optax.sgd(0.0), 0, parallel.make_mesh(jax.devices()[:1])
+    )
+    assert_same(result.state.params, start.params)
+
+
+def test_some_steps_are_profiled(tmp_path, capsys):
+    config = dataclasses.replace(config_for(tmp_path / "run", steps=6), profile="2:3")
+    run(config, eval_data=None)
+    assert "trace of the steps 2 to 4: " in capsys.readouterr().err
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    for wrong in ("2", "2:0", "a:b"):
+        with pytest.raises(ValueError, match="profile must be START:COUNT"):
+            dataclasses.replace(config, profile=wrong)
+
+
+def test_an_evaluation_reads_its_batches_once_for_all_budgets(straight):
+    passes = []
+
+    def batches():
+        passes.append(0)
+        for batch in example.eval_batches():
+            passes[-1] += 1
+            yield batch
+
+    mesh = parallel.make_mesh(jax.devices()[:1])
+    evaluator = Evaluator(example.Regression(TINY), TINY, batches, mesh=mesh)
+    found = evaluator(straight.state)
+    assert passes == [2]
+    for budget, values in found.items():
+        assert values == pytest.approx(straight.evaluation[budget], rel=1e-5)
+    assert evaluator(straight.state, budgets=(2,)).keys() == {2}
+    with pytest.raises(ValueError, match="got no batch from eval_data"):
+        evaluator(straight.state, lambda: [])

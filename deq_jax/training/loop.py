@@ -123,7 +123,8 @@ def train(
       >>> train(task, config, train_data, eval_data, writers=[Wandb()])  # doctest: +SKIP
     """
     mesh = make_mesh() if mesh is None else mesh
-    require_even("train.batch_size", config.train.batch_size, mesh.size)
+    if config.train.steps:
+        require_even("train.batch_size", config.train.batch_size, mesh.size)
     evaluator = None
     if eval_data is not None:
         evaluator = Evaluator(task, config, eval_data, mesh=mesh)

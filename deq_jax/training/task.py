@@ -139,9 +139,12 @@ def init(task: Task, key: jax.Array) -> tuple[Any, Any]:
     """
     batch = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in task.sample.items()}
     inputs = task.inputs(batch, task.first_carry(train=True))
-    # Weights do not depend on the solve, which would have to be compiled.
-    options: Any = {"max_steps": 0} if has_solver(task.model) else {}
-    variables: Any = task.model.init(key, *inputs, train=False, **options)
+    # Weights do not depend on the solve, which need not be compiled nor split over devices.
+    model: Any = task.model
+    options: Any = {"max_steps": 0} if has_solver(model) else {}
+    if hasattr(model, "fixed_point"):
+        model = model.clone(fixed_point=deq.fixed_point)
+    variables: Any = model.init(key, *inputs, train=False, **options)
     return variables["params"], {name: part for name, part in variables.items() if name != "params"}
 
 

@@ -9,10 +9,18 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from deq_jax.training import Task, train, workdir
+from deq_jax.training import DataIterator, EvalData, Task, train, workdir
 from deq_jax.training.parallel import make_mesh
 from experiments.common import compare, diagnose, dry_run, reporting
 from experiments.common.reporting import Trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What an experiment trains on: endless batches, and one pass over the evaluation set."""
+
+    train: DataIterator
+    eval: EvalData
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,8 +28,8 @@ class Experiment:
     """What is particular to an experiment.
 
     Attributes:
-      open_data: ``config -> data``, an object with ``train`` (a `DataIterator`) and ``eval`` (an
-        `EvalData`); it says in one sentence what is missing.
+      open_data: ``config -> data``, a `Data` or another object with its fields; it says in one
+        sentence what is missing.
       build_task: ``(config, mesh, data) -> Task``; data is None in a dry run.
       write_report: ``(folder, config, {name: Trained}, data, mesh) -> text``; writes tables and
         pictures.

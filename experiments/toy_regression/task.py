@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 
 from deq_jax.data import pipeline, synthetic
 from deq_jax.models.mlp import ScalarDEQ
-from deq_jax.training import Batch, DataIterator, EvalData, Mean, Task, UsageError
+from deq_jax.training import Batch, Mean, Task, UsageError
 from deq_jax.training.parallel import make_fixed_point
 from experiments.common import compare
+from experiments.common.run import Data
 from experiments.toy_regression.config import ToyConfig
 
 EVAL_BATCH = 256
@@ -67,15 +68,7 @@ def variants(config: ToyConfig) -> Mapping[str, ToyConfig]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Pairs:
-    """Endless training batches, and one pass over the test pairs."""
-
-    train: DataIterator
-    eval: EvalData
-
-
-def open_data(config: ToyConfig) -> Pairs:
+def open_data(config: ToyConfig) -> Data:
     """Draws the pairs.
 
     Args:
@@ -103,4 +96,4 @@ def open_data(config: ToyConfig) -> Pairs:
     one_pass = lambda: pipeline.eval_batches(  # noqa: E731
         test, batch_size=EVAL_BATCH // shard[1], shard=shard
     )
-    return Pairs(batches, one_pass)
+    return Data(batches, one_pass)

@@ -1,0 +1,1 @@
+"""Two spirals, told apart by a fully connected DEQ: the smallest experiment."""
