@@ -346,12 +346,12 @@ def test_a_run_takes_writers_callbacks_and_an_optimizer(tmp_path):
         mesh=parallel.make_mesh(jax.devices()[:1]),
         optimizer=optax.sgd(0.0),
         writers=[recorder],
-        callbacks=[lambda step, state, evaluation: called.append((step, state.step, evaluation))],
+        callbacks=[lambda *event: called.append((event[0], int(event[1].step), event[2]))],
     )
     written = [{k: v for k, v in line.items() if v is not None} for line in recorder.lines]
     assert written == result.history
     assert all("lr" not in line for line in written)
-    assert [(step, int(now)) for step, now, _ in called] == [(k, k) for k in range(1, 9)]
+    assert [(step, now) for step, now, _ in called] == [(k, k) for k in range(1, 9)]
     assert [evaluation is not None for *_, evaluation in called] == [
         k in (4, 8) for k in range(1, 9)
     ]
