@@ -202,6 +202,12 @@ def main() -> None:
     except Exception as error:  # XLA's own error, of no public type
         sys.exit(f'no compiler for H100 here: pip install "jax[cuda13]" ({error})')
     rows = _measure(options)
+    write(
+        options.out / "accelerators.json",
+        ("jax", "jaxlib", "jax-cuda13-plugin", "flax"),
+        device="NVIDIA H100 80GB: compiled, not run",
+        rows=rows,
+    )
     lines = [
         [row["case"], f"[{row['state']}]"]
         + [str(row[key]) for key in COUNTS]
@@ -209,12 +215,6 @@ def main() -> None:
         for row in rows
     ]
     print(table(("case", "state", *COUNTS, "compile s"), lines))
-    write(
-        options.out / "accelerators.json",
-        ("jax", "jaxlib", "jax-cuda13-plugin", "flax"),
-        device="NVIDIA H100 80GB: compiled, not run",
-        rows=rows,
-    )
 
 
 if __name__ == "__main__":

@@ -448,7 +448,6 @@ def main() -> None:
         part: [measured(MODULE, dataclasses.asdict(case), options.steps) for case in cases]
         for part, cases in plan(options).items()
     }
-    print(tables(parts))
     write(
         options.out / "language.json",
         packages,
@@ -458,6 +457,7 @@ def main() -> None:
         compared=same,
         **parts,
     )
+    print(tables(parts))
     _plot(parts, options.out / "language.png")
 
 

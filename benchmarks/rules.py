@@ -168,9 +168,9 @@ def main() -> None:
     steps = in_process("benchmarks.rules", {"rules": options.rules, "repeats": options.repeats})
     if "error" in steps:
         sys.exit(f"the steps were not timed: {steps['error']}")
-    print(tables(runs, steps))
     contents: dict = {"train_steps": options.steps, "runs": runs, "steps": steps}
     write(options.out / "rules.json", ("jax", "jaxlib", "flax"), machine=machine(), **contents)
+    print(tables(runs, steps))
 
 
 if __name__ == "__main__":

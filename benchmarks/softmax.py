@@ -81,6 +81,7 @@ def main() -> None:
     rows = [
         measured("benchmarks.softmax", {"name": name} | common, options.steps) for name in CASES
     ]
+    write(options.out / "softmax.json", ("jax", "jaxlib"), machine=machine(), rows=rows)
     first = rows[0].get("ms", float("nan"))
     lines = [
         [row["name"], f"failed: {row['error']}"]
@@ -95,7 +96,6 @@ def main() -> None:
     ]
     print(f"\n{options.tokens:,} words out of {WORDS:,}, {options.features} features\n")
     print(table(("softmax", "ms", "share of the first", "peak MB"), lines))
-    write(options.out / "softmax.json", ("jax", "jaxlib"), machine=machine(), rows=rows)
 
 
 if __name__ == "__main__":

@@ -547,8 +547,6 @@ def main() -> None:
             for name in options.libraries
             for rule in RULES.get(name, ())
         ]
-    print(tables(rows))
-    print(gradient_tables(gradients))
     write(
         options.out / "solvers.json",
         (*packages, "jax", *(["torch"] if "torchdeq" in packages else [])),
@@ -556,6 +554,8 @@ def main() -> None:
         rows=rows,
         gradients=gradients,
     )
+    print(tables(rows))
+    print(gradient_tables(gradients))
     most = [row for row in rows if row["threads"] == max(options.threads) and "error" not in row]
     panels = {
         f"{method}, {problem}, {_place(group[0])}": group

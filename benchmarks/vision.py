@@ -348,7 +348,6 @@ def main() -> None:
     require(("torch", "torchdeq", "optax", "matplotlib"), "pip install -e .[bench,train]")
     same = same_networks(MODULE, options.models)
     rows = [measured(MODULE, dataclasses.asdict(case), options.steps) for case in plan(options)]
-    print(tables(rows))
     write(
         options.out / "vision.json",
         ("jax", "jaxlib", "flax", "torch", "torchdeq"),
@@ -358,6 +357,7 @@ def main() -> None:
         compared=same,
         rows=rows,
     )
+    print(tables(rows))
     panels = {f"{model}, {size} images": own for (model, size), own in _groups(rows).items()}
     plot_bars(options.out / "vision.png", panels, _bar, "task")
 
