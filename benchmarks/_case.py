@@ -1,10 +1,10 @@
-"""Measure one case, given as JSON on the command line, and print one line of JSON.
+"""Runs a case in a process of its own and measures it there.
 
 A process for each case makes the number of threads and the peak memory belong to that case alone.
+A benchmark is one module: without a request its `main` runs, with one it measures a single case.
 """
 
 import ctypes
-import dataclasses
 import json
 import os
 import platform
@@ -12,38 +12,40 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 NEVER = 1e-30
-"""A tolerance nobody reaches: all libraries run all their steps."""
+"""A tolerance that no solver reaches: all libraries run all their steps."""
 
 PENALTY = 0.4
 """Weight of the Jacobian penalty, one probe, in the case "train with JR"."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What a library hands to the stopwatch.
+def measured(module: str, case: dict, repeats: int) -> dict:
+    """Measures a case in a fresh process and reports it on stderr.
 
-    Attributes:
-        run: one step or one inference; blocks until it is done.
-        evaluations: after a run, how many evaluations of f its solver counted, forward.
-        peak: on a GPU, gives the most memory in MiB that a call takes beyond what was in use.
+    Args:
+        module: of the benchmark; it calls `serve`.
+        case: what the process is to measure.
+        repeats: timed runs.
+
+    Returns:
+        The case and its measurements, or the case and "error".
     """
-
-    run: Callable[[], Any]
-    evaluations: Callable[[], float]
-    peak: Callable[[Callable[[], Any]], float]
+    row = case | in_process(module, {"case": case, "repeats": repeats})
+    shown = row.get("error") or "{ms:.1f} ms, {peak_mb:.0f} MB".format(**row)
+    print(f"{' '.join(map(str, case.values()))}: {shown}", file=sys.stderr, flush=True)
+    return row
 
 
 def in_process(module: str, request: dict) -> dict:
-    """Run a module in a fresh process.
+    """Runs a module in a fresh process.
 
     Args:
-        module: called with the request, as JSON; it prints one line of JSON.
-        request: what it is to do.
+        module: it calls `serve`.
+        request: what it gets, as JSON.
 
     Returns:
         Its answer, or "error".
@@ -62,28 +64,71 @@ def in_process(module: str, request: dict) -> dict:
     return json.loads(child.stdout.splitlines()[-1])
 
 
-def limit_threads(threads: int) -> None:
-    """Bind the process to `threads` CPUs; to be called before JAX or PyTorch is imported.
-
-    XLA sizes its pools by the CPUs it may run on, PyTorch and BLAS by OMP_NUM_THREADS.
+def serve(measure: Callable[[dict], dict], main: Callable[[], None]) -> None:
+    """Answers the request of `in_process`; without one, runs the benchmark.
 
     Args:
-        threads: how many.
+        measure: takes the request; its answer is printed as JSON.  The threads that the case of
+            the request names are all that it gets.
+        main: the benchmark.
 
     Raises:
-        ValueError: if the machine has fewer.
+        ValueError: if the case wants more threads than there are CPUs.
     """
+    if len(sys.argv) != 2 or not sys.argv[1].startswith("{"):
+        return main()
+    request = json.loads(sys.argv[1])
+    case = request.get("case", {})
+    if "threads" in case and case.get("device", "cpu") == "cpu":
+        _limit_threads(case["threads"])
+    print(json.dumps(measure(request)))
+
+
+def same_networks(module: str, names: Sequence[str]) -> list[dict]:
+    """Compares deq_jax's networks with PyTorch's: other networks would be another benchmark.
+
+    Args:
+        module: it calls `serve`, and answers {"compare": name} with relative differences as floats.
+        names: of the networks.
+
+    Returns:
+        The answers.  A difference above 1e-4 ends the program.
+    """
+    answers = [in_process(module, {"compare": name}) for name in names]
+    print(f"same weights in both libraries: {answers}", file=sys.stderr, flush=True)
+    for answer in answers:
+        differences = [n for n in answer.values() if isinstance(n, float)]
+        if "error" in answer or not all(n <= 1e-4 for n in differences):
+            sys.exit(f"the two networks differ: {answer}")
+    return answers
+
+
+def relative_difference(ours: Any, theirs: Any) -> float:
+    """Compares two arrays.
+
+    Args:
+        ours: an array.
+        theirs: a numpy array of the same shape.
+
+    Returns:
+        The largest difference over the largest value.
+    """
+    return float(abs(ours - theirs).max() / abs(theirs).max())
+
+
+def _limit_threads(threads: int) -> None:
+    """XLA sizes its pools by the CPUs it may run on, PyTorch and BLAS by OMP_NUM_THREADS."""
     allowed = sorted(os.sched_getaffinity(0))
     if threads > len(allowed):
-        raise ValueError(f"{threads} threads wanted, {len(allowed)} CPUs here: lower --threads")
+        raise ValueError(f"got {threads} threads; {len(allowed)} CPUs are here: lower --threads")
     os.sched_setaffinity(0, allowed[:threads])
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 
-def machine(device: str) -> str:
-    """What the cases ran on.
+def machine(device: str = "cpu") -> str:
+    """Names what the cases ran on.
 
     Args:
         device: "cpu" or "gpu".
@@ -98,81 +143,45 @@ def machine(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
-def memory_mb(field: str) -> float:
-    """VmRSS (now) or VmHWM (the highest since the last reset) of this process.
+def timed(
+    run: Callable[[], Any],
+    repeats: int,
+    device: str = "cpu",
+    library: str = "deq_jax",
+    seconds: float = 6.0,
+    beside: Sequence[Callable[[], Any]] = (),
+) -> dict:
+    """Measures a program that has not run yet.
 
     Args:
-        field: the line's name in /proc/self/status.
-
-    Returns:
-        Mebibytes.
-    """
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
-
-
-def peak_mb(run) -> float:
-    """How far one run lifts the resident memory above what its inputs, libraries and program take.
-
-    Args:
-        run: called once, for the first time, so that no pool has been filled before.
-
-    Returns:
-        Mebibytes.
-    """
-    ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as reset:
-        reset.write("5")
-    before = memory_mb("VmRSS")
-    run()
-    return memory_mb("VmHWM") - before
-
-
-def jax_peak_mb(run) -> float:
-    """`peak_mb` on JAX's first device, which is no CPU.
-
-    Args:
-        run: called once.
-
-    Returns:
-        Mebibytes.
-    """
-    import jax
-
-    device = jax.devices()[0]
-    before = (device.memory_stats() or {}).get("bytes_in_use", 0)
-    run()
-    return ((device.memory_stats() or {}).get("peak_bytes_in_use", 0) - before) / 2**20
-
-
-def cuda_peak_mb(run) -> float:
-    """`peak_mb` on PyTorch's CUDA device.
-
-    Args:
-        run: called once.
-
-    Returns:
-        Mebibytes.
-    """
-    import torch  # pyright: ignore[reportMissingImports]
-
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def times_ms(runs: list, repeats: int, seconds: float = 6.0) -> list[list[tuple[float, float]]]:
-    """Wall times of warm runs, taken in turns so that a disturbance of the machine hits all alike.
-
-    Args:
-        runs: what to time; each blocks until done.
-        repeats: rounds, unless `seconds` are over and three are done.
+        run: runs it once, and blocks until it is done.
+        repeats: timed runs, fewer if `seconds` are over and three are done.
+        device: "cpu" or "gpu".
+        library: "torchdeq", or one that runs on JAX.
         seconds: the budget.
+        beside: other programs, timed in turns with it: a disturbance of the machine hits all alike.
 
     Returns:
-        For each of `runs`, (wall, CPU of all threads) milliseconds of every round.
+        "ms", the median; "best_ms" and "cpu_ms" (median CPU time of all threads), for machines
+        that are not idle; "peak_mb", how far the first run lifts the memory above what inputs,
+        libraries and program take; "beside_ms", medians of the others, if there are any.
     """
+    peak = _peak_mb(run, device, library)
+    first, *others = _times_ms([run, *beside], repeats, seconds)
+    walls, cpus = zip(*first, strict=True)
+    found = {
+        "ms": statistics.median(walls),
+        "best_ms": min(walls),
+        "cpu_ms": statistics.median(cpus),
+        "peak_mb": peak,
+    }
+    if others:
+        found["beside_ms"] = [statistics.median(wall for wall, _ in times) for times in others]
+    return found
+
+
+def _times_ms(runs: list, repeats: int, seconds: float) -> list[list[tuple[float, float]]]:
+    """For each of `runs`, warm, the (wall, CPU of all threads) milliseconds of every round."""
     for run in runs:
         run()
     times, end = [[] for _ in runs], time.perf_counter() + seconds
@@ -185,66 +194,31 @@ def times_ms(runs: list, repeats: int, seconds: float = 6.0) -> list[list[tuple[
     return times
 
 
-def timed(program: Program, device: str, repeats: int) -> dict:
-    """Measure a program.
+def _peak_mb(run: Callable[[], Any], device: str, library: str) -> float:
+    """The resident memory of the process, or what the library allocates on a GPU, in MiB."""
+    if device == "cpu":
+        ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as reset:
+            reset.write("5")
+        before = _resident_mb("VmRSS")
+        run()
+        return _resident_mb("VmHWM") - before
+    if library == "torchdeq":
+        import torch  # pyright: ignore[reportMissingImports]
 
-    Args:
-        program: not yet run.
-        device: "cpu" or "gpu".
-        repeats: timed runs.
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    import jax
 
-    Returns:
-        In milliseconds ms (median), best_ms and cpu_ms; peak_mb of the first run; evaluations of f
-        in the forward solve.
-    """
-    peak = (peak_mb if device == "cpu" else program.peak)(program.run)
-    (times,) = times_ms([program.run], repeats)
-    walls, cpus = zip(*times, strict=True)
-    return {
-        "ms": statistics.median(walls),
-        "best_ms": min(walls),
-        "cpu_ms": statistics.median(cpus),
-        "peak_mb": peak,
-        "evaluations": program.evaluations(),
-    }
-
-
-def measure(fields: dict, repeats: int) -> dict:
-    """Build a case and measure it.
-
-    Args:
-        fields: of `Case`.
-        repeats: timed runs.
-
-    Returns:
-        The fields and, in milliseconds, ms and evaluation_ms (medians), best_ms (the quickest
-        round) and cpu_ms (median CPU time of all threads), the last two for machines that are not
-        idle; ratio, ms over steps * evaluation_ms; peak_mb; check, sums of the answer.
-    """
-    from benchmarks._peers import Case, build
-
-    case = Case(**fields)
-    program = build(case)
-    program.evaluate()
-    peak = (peak_mb if case.device == "cpu" else program.peak)(program.run)
-    runs, evaluations = times_ms([program.run, program.evaluate], repeats)
-    walls, cpus = zip(*runs, strict=True)
-    ms = statistics.median(walls)
-    evaluation_ms = statistics.median(wall for wall, _ in evaluations) / case.steps
-    check = [float(abs(a.astype("float64")).sum()) for a in program.answer()]
-    return fields | {
-        "ms": ms,
-        "best_ms": min(walls),
-        "cpu_ms": statistics.median(cpus),
-        "evaluation_ms": evaluation_ms,
-        "ratio": ms / (case.steps * evaluation_ms),
-        "peak_mb": peak,
-        "check": check,
-    }
+    allocator = jax.devices()[0]
+    before = (allocator.memory_stats() or {}).get("bytes_in_use", 0)
+    run()
+    return ((allocator.memory_stats() or {}).get("peak_bytes_in_use", 0) - before) / 2**20
 
 
-if __name__ == "__main__":
-    request = json.loads(sys.argv[1])
-    if request["case"]["device"] == "cpu":
-        limit_threads(request["case"]["threads"])
-    print(json.dumps(measure(request["case"], request["repeats"])))
+def _resident_mb(field: str) -> float:
+    """VmRSS (now) or VmHWM (the highest since the last reset) of this process."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))

@@ -1,157 +1,275 @@
-"""The twin's side of the vision benchmark: torchdeq's solvers at the settings that suit them best.
+"""The multiscale DEQ in PyTorch: the network that deq_jax is measured against.
 
-The backward solve hangs on a hook, which spares the evaluation of f that torchdeq's other form of
-the implicit gradient makes; the penalty is taken on the evaluation that carries the gradient.
+Parameters are named as in the published state dict, so that one set of weights runs in both
+libraries.
 """
 
 # PyTorch and torchdeq are installed by the extra [bench] only.
 # pyright: reportMissingImports=false
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from benchmarks._case import NEVER, PENALTY, Program, cuda_peak_mb
-from benchmarks._vision_case import MODELS, STOPPED, Case, batch
-from benchmarks._vision_twin import Mdeq
+from benchmarks._case import PENALTY
+from benchmarks._torch import Equilibrium, WeightNorm, refresh, start, state_of
+
+GROUPS = 8
+EXPANSION = 4  # of a bottleneck
 
 
-class Solve:
-    """The equilibrium by torchdeq; its state is one matrix [B, D].
+class _NormedConv(WeightNorm):
+    def __init__(self, inner: int, out: int, window: int) -> None:
+        weight = torch.empty(out, inner, window, window)
+        super().__init__(nn.init.kaiming_uniform_(weight, a=math.sqrt(5)))
+        self.padding = window // 2
 
-    Every branch lies in that matrix in the order in which its images lie in memory.
-    """
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.weight, padding=self.padding)
 
-    def __init__(self, net: Mdeq, case: Case) -> None:
-        """Sets the solvers up.
 
-        Args:
-            net: whose cell is iterated.
-            case: its form: "NCHW", "channels_last" or "compiled".
-        """
-        import torchdeq
+class _Block(nn.Module):
+    """Residual block of one branch; the finest one gets the injection x."""
 
-        model = MODELS[case.model]
-        self.shapes = [(c, 32 >> i, 32 >> i) for i, c in enumerate(model.channels)]
-        self.last = case.form != "NCHW"
-        self.penalised = case.task == "train with JR"
-        self.eager = net.fullstage
-        self.f = torch.compile(self.eager) if case.form == "compiled" else self.eager
-        # torchdeq's Broyden makes one evaluation more than its steps.
-        self.deq = torchdeq.get_deq(
-            core="indexing",
-            ift=True,
-            hook_ift=True,
-            f_solver="broyden",
-            b_solver="broyden",
-            f_max_iter=model.forward - 1,
-            b_max_iter=model.backward - 1,
-            eval_f_max_iter=STOPPED - 1,
-            f_tol=NEVER,
-            b_tol=NEVER,
+    def __init__(self, channels: int, expansion: int) -> None:
+        super().__init__()
+        hidden = expansion * channels
+        self.conv1, self.gn1 = _NormedConv(channels, hidden, 3), nn.GroupNorm(GROUPS, hidden)
+        self.conv2, self.gn2 = _NormedConv(hidden, channels, 3), nn.GroupNorm(GROUPS, channels)
+        self.gn3 = nn.GroupNorm(GROUPS, channels)
+
+    def forward(self, z: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
+        h = self.conv2(F.relu(self.gn1(self.conv1(z)), inplace=True))
+        h = self.gn2(h if x is None else h + x)
+        return self.gn3(F.relu(h + z))
+
+
+class _Branch(nn.Module):
+    """One resolution's residual block, under its published name."""
+
+    def __init__(self, channels: int, expansion: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([_Block(channels, expansion)])
+
+    def forward(self, z: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
+        return self.blocks[0](z, x)
+
+
+class _Unit(nn.Module):
+    """Convolution and group normalisation."""
+
+    def __init__(self, conv: nn.Module, channels: int, groups: int = GROUPS, affine: bool = True):
+        super().__init__()
+        self.conv, self.gnorm = conv, nn.GroupNorm(groups, channels, affine=affine)
+        self.activation: nn.Module = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.gnorm(self.conv(x)))
+
+
+class _Resize(nn.Module):
+    """From branch j to branch i: strided convolutions down, or a 1x1 one and repetition up."""
+
+    def __init__(self, channels: tuple[int, ...], i: int, j: int) -> None:
+        super().__init__()
+        inner, out = channels[j], channels[i]
+        self.factor = 2 ** max(j - i, 0)
+        if j > i:
+            self.net: nn.Module = _Unit(_plain(inner, out, 1, 1), out)
+            return
+        widths = [inner] * (i - j - 1) + [out]
+        units = [_Unit(_plain(inner, width, 3, 2), width) for width in widths]
+        for unit in units[:-1]:
+            unit.activation = nn.ReLU(inplace=True)
+        self.net = nn.Sequential(*units)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        z = self.net(z)
+        return F.interpolate(z, scale_factor=self.factor) if self.factor > 1 else z
+
+
+def _plain(inner: int, out: int, window: int, stride: int) -> nn.Conv2d:
+    conv = nn.Conv2d(inner, out, window, stride, window // 2, bias=False)
+    nn.init.normal_(conv.weight, 0, 0.01)
+    return conv
+
+
+class _Cell(nn.Module):
+    """The map that is iterated; `channels` are those of each branch, finest first."""
+
+    def __init__(self, channels: tuple[int, ...], expansion: int) -> None:
+        super().__init__()
+        ways = range(len(channels))
+        self.branches = nn.ModuleList(_Branch(c, expansion) for c in channels)
+        self.fuse_layers = nn.ModuleList(
+            nn.ModuleList(nn.Identity() if i == j else _Resize(channels, i, j) for j in ways)
+            for i in ways
         )
-        self.count = 0
-        self.penalty: Any = 0.0
+        self.post_fuse_layers = nn.ModuleList(
+            _Unit(_NormedConv(c, c, 1), c, GROUPS // 2, affine=False) for c in channels
+        )
 
-    def __call__(self, x: torch.Tensor, train: bool) -> list[torch.Tensor]:
-        """Solves from zero, with the injection x."""
-        import torchdeq
-
-        self.count = 0
-
-        def f(flat: torch.Tensor) -> torch.Tensor:
-            traced = torch.is_grad_enabled()
-            # What torch.compile makes cannot be differentiated twice.
-            cell = self.eager if traced and self.penalised else self.f
-            out = self.join(cell(self.split(flat), x))
-            if not traced:
-                self.count += 1
-            elif self.penalised:  # on the one evaluation that also carries the gradient
-                self.penalty = torchdeq.loss.jac_reg(out, flat, vecs=1)
-            return out
-
-        start = x.new_zeros(x.shape[0], sum(map(math.prod, self.shapes)))
-        return self.split(self.deq.train(train)(f, start)[0][-1])
-
-    def join(self, z: list[torch.Tensor]) -> torch.Tensor:
-        """From branches [B, C, H, W] to [B, D]."""
-        return torch.cat([(y.permute(0, 2, 3, 1) if self.last else y).flatten(1) for y in z], 1)
-
-    def split(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """From [B, D] to branches [B, C, H, W]."""
-        parts = flat.split([math.prod(shape) for shape in self.shapes], 1)
-        pairs = zip(parts, self.shapes, strict=True)
-        if self.last:
-            return [y.unflatten(1, (h, w, c)).permute(0, 3, 1, 2) for y, (c, h, w) in pairs]
-        return [y.unflatten(1, shape) for y, shape in pairs]
+    def forward(self, z: list[torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
+        y = [branch(z[i], None if i else x) for i, branch in enumerate(self.branches)]
+        out = []
+        for i, after in enumerate(self.post_fuse_layers):
+            row: Any = self.fuse_layers[i]
+            parts = [resize(y_j) for resize, y_j in zip(row, y, strict=True)]
+            total = functools.reduce(torch.add, parts)
+            out.append(after(F.relu(total)))
+        return out
 
 
-def build(case: Case) -> Program:
-    """Set one case up.
+class _Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 and a projection; four times as many channels leave as are inside."""
+
+    def __init__(self, inner: int, width: int) -> None:
+        super().__init__()
+        out = EXPANSION * width
+        self.conv1 = nn.Conv2d(inner, width, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv3 = nn.Conv2d(width, out, 1, bias=False)
+        self.bn1, self.bn2 = (nn.BatchNorm2d(width, affine=False) for _ in range(2))
+        self.bn3 = nn.BatchNorm2d(out, affine=False)
+        project = nn.Sequential(nn.Conv2d(inner, out, 1, bias=False), nn.BatchNorm2d(out))
+        self.downsample = nn.Identity() if inner == out else project
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+
+
+def _conv_norm(inner: int, out: int, window: int, stride: int = 1, bias: bool = True) -> list:
+    conv = nn.Conv2d(inner, out, window, stride, window // 2, bias=bias)
+    return [conv, nn.BatchNorm2d(out), nn.ReLU()]
+
+
+class _MDEQ(nn.Module):
+    """Stem, cell and head; the solve sits between the last two."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        first, wide = model.channels[0], [EXPANSION * w for w in model.head]
+        self.downsample = nn.Sequential(
+            *_conv_norm(3, first, 3, bias=False), *_conv_norm(first, first, 3, bias=False)
+        )
+        inject = nn.Sequential(*_conv_norm(first, first, 1, bias=False))
+        self.stage0 = inject if len(model.channels) > 2 else nn.Identity()
+        self.fullstage = _Cell(model.channels, model.expansion)
+        sizes = zip(model.channels, model.head, strict=True)
+        self.incre_modules = nn.ModuleList(nn.Sequential(_Bottleneck(c, w)) for c, w in sizes)
+        self.downsamp_modules = nn.ModuleList(
+            nn.Sequential(*_conv_norm(a, b, 3, 2)) for a, b in zip(wide[:-1], wide[1:], strict=True)
+        )
+        self.final_layer = nn.Sequential(*_conv_norm(wide[-1], model.final, 1))
+        self.classifier = nn.Linear(model.final, model.classes)
+
+    def stem(self, images: torch.Tensor) -> torch.Tensor:
+        """From images [B, 3, H, W] to the injection; weights are normalised here."""
+        refresh(self.fullstage)
+        return self.stage0(self.downsample(images))
+
+    def head(self, z: list[torch.Tensor]) -> torch.Tensor:
+        """From the equilibrium to logits."""
+        y = self.incre_modules[0](z[0])
+        for down, increase, branch in zip(
+            self.downsamp_modules, self.incre_modules[1:], z[1:], strict=True
+        ):
+            y = down(y) + increase(branch)
+        return self.classifier(self.final_layer(y).mean((2, 3)))
+
+
+def build(
+    case: Any, model: Any, stopped: int, images: np.ndarray, labels: np.ndarray
+) -> tuple[Callable[[], None], Callable[[], dict]]:
+    """Sets one case up.
 
     Args:
-        case: what to build.
+        case: a `benchmarks.vision.Case`; its form is "NCHW", "channels_last" or "compiled".
+        model: its sizes.
+        stopped: evaluations of f in inference.
+        images: [B, H, W, 3].
+        labels: [B].
 
     Returns:
-        The program.
+        What runs a step or an inference, and what gives the evaluations of f in the last run.
     """
-    torch.manual_seed(0)
-    on_gpu = case.device == "gpu"
-    if on_gpu:  # JAX's defaults: TF32, and the fastest algorithm by trial
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    else:
-        torch.set_num_threads(case.threads)
-    order = torch.contiguous_format if case.form == "NCHW" else torch.channels_last
-    place: Any = {"device": "cuda" if on_gpu else "cpu", "memory_format": order}
-    train = case.task != "infer"
-    net = Mdeq(MODELS[case.model]).train(train).to(**place)
-    pixels, classes = batch(case.batch)
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(**place)
-    labels = torch.from_numpy(classes).long().to(images.device)
-    solve = Solve(net, case)
+    device = start(case.device, case.threads)
+    last, train = case.form != "NCHW", case.task != "infer"
+    order = torch.channels_last if last else torch.contiguous_format
+    place: Any = {"device": device, "memory_format": order}
+    net = _MDEQ(model).train(train).to(**place)
+    inputs = torch.from_numpy(images).permute(0, 3, 1, 2).to(**place)
+    classes = torch.from_numpy(labels).long().to(device)
+    shapes = [(c, 32 >> i, 32 >> i) for i, c in enumerate(model.channels)]
+    sizes = list(map(math.prod, shapes))
+    # torchdeq's Broyden makes one evaluation more than its steps.
+    solve = Equilibrium(
+        net.fullstage,
+        case.form,
+        case.task,
+        f_solver="broyden",
+        b_solver="broyden",
+        f_max_iter=model.forward - 1,
+        b_max_iter=model.backward - 1,
+        eval_f_max_iter=stopped - 1,
+    )
+
+    # The state is one matrix [B, D], where each branch lies as its images lie in memory.
+    def join(z: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([(y.permute(0, 2, 3, 1) if last else y).flatten(1) for y in z], 1)
+
+    def split(flat: torch.Tensor) -> list[torch.Tensor]:
+        pairs = zip(flat.split(sizes, 1), shapes, strict=True)
+        if last:
+            return [y.unflatten(1, (h, w, c)).permute(0, 3, 1, 2) for y, (c, h, w) in pairs]
+        return [y.unflatten(1, shape) for y, shape in pairs]
 
     def run() -> None:
         net.zero_grad(set_to_none=True)
         with torch.set_grad_enabled(train):
-            x = net.stem(images)
-            logits = net.head(solve(x, train))
+            x = net.stem(inputs)
+            zeros = x.new_zeros(x.shape[0], sum(sizes))
+            z = solve(lambda cell, flat: join(cell(split(flat), x)), zeros, train)
+            logits = net.head(split(z))
         if train:
-            (F.cross_entropy(logits, labels) + PENALTY * solve.penalty).backward()
-        if on_gpu:
+            (F.cross_entropy(logits, classes) + PENALTY * solve.penalty).backward()
+        if device == "cuda":
             torch.cuda.synchronize()
 
     if case.form == "compiled":
         run()  # compiling takes memory of its own
-    return Program(run, lambda: float(solve.count), cuda_peak_mb)
+    return run, lambda: {"evaluations": float(solve.evaluations)}
 
 
-def reference(name: str) -> tuple[dict, list, np.ndarray, list, np.ndarray]:
-    """Evaluate the twin at a random state, for the comparison with deq_jax.
+def reference(model: Any) -> tuple[dict, list, np.ndarray, list, np.ndarray]:
+    """Evaluates the network at a random state, for the comparison with deq_jax.
 
     Args:
-        name: of `MODELS`.
+        model: sizes.
 
     Returns:
         Its state dict, z, x, f(z, x), and the head's logits at z; NHWC.
     """
     torch.manual_seed(0)
-    sizes = MODELS[name]
-    net = Mdeq(sizes).eval()
+    net = _MDEQ(model).eval()
     for parameter in net.parameters():  # scales of 1 and biases of 0 would hide a mistake
         if parameter.ndim == 1:
             parameter.data += 0.3 * torch.randn_like(parameter)
-    z = [torch.randn(2, c, 32 >> i, 32 >> i) for i, c in enumerate(sizes.channels)]
+    z = [torch.randn(2, c, 32 >> i, 32 >> i) for i, c in enumerate(model.channels)]
     x = torch.randn_like(z[0])
 
     def images(y: torch.Tensor) -> np.ndarray:
         return y.permute(0, 2, 3, 1).numpy()
 
     with torch.no_grad():
-        net.stem(torch.zeros(1, 3, 32, 32))  # normalises the weights
+        refresh(net)
         out, logits = net.fullstage(z, x), net.head(z).numpy()
-    state = {key: value.numpy() for key, value in net.state_dict().items()}
-    return state, list(map(images, z)), images(x), list(map(images, out)), logits
+    return state_of(net), list(map(images, z)), images(x), list(map(images, out)), logits

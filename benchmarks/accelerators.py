@@ -13,10 +13,7 @@ the solver's.  Writes accelerators.json and prints the table.
 
 import argparse
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
-import json
 import os
 import sys
 import time
@@ -31,8 +28,8 @@ import jax
 import jax.numpy as jnp
 
 import deq_jax as deq
-from benchmarks._scaling_program import Kernels, kernels, loops
-from benchmarks._scaling_tables import table
+from benchmarks._report import RESULTS, table, write
+from benchmarks.programs import kernels, loops
 
 H100 = """
 gpu_device_info {
@@ -59,14 +56,12 @@ SOLVERS: dict[str, Any] = {
     "Broyden": deq.Broyden(tol=1e-6, max_steps=30, memory=20),
 }
 PRESET = "cifar10_large_jr"
-COLUMNS = (
-    "case|state|fusions|copies|library calls|others|conditionals|inner loops|kernels|of the test|"
-    "histories written|compile s"
-).split("|")
+COUNTS = "fusions copies calls others conditionals loops kernels test histories".split()
+"""See `benchmarks.programs.Kernels`; "test" is the loop's, "histories" are those written whole."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line.
+    """Reads the command line.
 
     Args:
         arguments: instead of sys.argv.
@@ -78,17 +73,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     names = (*SOLVERS, "MDEQ")
     parser.add_argument("--cases", nargs="+", choices=names, default=names)
     parser.add_argument("--texts", type=Path, help="folder for the texts of the programs")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 
 
 @functools.cache
-def sharding() -> Any:
-    """Where arrays of a program for one H100 lie.
-
-    Returns:
-        A sharding onto a device that need not exist.
-    """
+def _sharding() -> Any:
+    """Where arrays of a program for one H100 lie; the device need not exist."""
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(
@@ -97,18 +88,10 @@ def sharding() -> Any:
     return jax.sharding.SingleDeviceSharding(topology.devices[0])
 
 
-def compiled(function: Callable[..., Any], *operands: Any) -> tuple[str, float]:
-    """Compiles a function for one H100.
-
-    Args:
-        function: to be jitted.
-        operands: trees of anything with a shape and a dtype.
-
-    Returns:
-        The text of the program, and the seconds that XLA took.
-    """
+def _compiled(function: Callable[..., Any], *operands: Any) -> tuple[str, float]:
+    """The text of a function's program for one H100, and the seconds that XLA took."""
     there = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding()), operands
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_sharding()), operands
     )
     lowered = jax.jit(function).lower(*there)
     start = time.perf_counter()
@@ -116,16 +99,8 @@ def compiled(function: Callable[..., Any], *operands: Any) -> tuple[str, float]:
     return program.as_text() or "", time.perf_counter() - start
 
 
-def small(name: str, shape: tuple[int, int]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A solve of z = tanh(p z + x).
-
-    Args:
-        name: of `SOLVERS`.
-        shape: of the state.
-
-    Returns:
-        The function and its operands.
-    """
+def _small(name: str, shape: tuple[int, int]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A solve of z = tanh(p z + x), and its operands."""
 
     def f(p: jax.Array, z: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.tanh(p * z + x)
@@ -136,25 +111,14 @@ def small(name: str, shape: tuple[int, int]) -> tuple[Callable[..., Any], tuple[
     return run, tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, shape[1]), shape))
 
 
-def history_bytes(solver: Any, size: int) -> int:
-    """The least that a solver's history takes.
-
-    Args:
-        solver: whose memory and budget are read.
-        size: numbers in a state.
-
-    Returns:
-        Bytes; a history need not have room for the last two evaluations of the budget.
-    """
+def _history_bytes(solver: Any, size: int) -> int:
+    """The least that a solver's history takes, for `size` numbers in a state."""
+    # It need not have room for the last two evaluations of the budget.
     return 4 * size * max(min(getattr(solver, "memory", None) or 0, solver.max_steps) - 2, 0)
 
 
-def mdeq() -> tuple[dict[str, tuple[Callable[..., Any], tuple[Any, ...]]], int, str]:
-    """The forward pass of the preset `PRESET` in training, and its f alone.
-
-    Returns:
-        Name -> function and operands; from `history_bytes`; the shape of the state.
-    """
+def _mdeq() -> tuple[dict[str, tuple[Callable[..., Any], tuple[Any, ...]]], int, str]:
+    """The preset `PRESET` in training and its f alone, bytes of a history, and a state's shape."""
     from deq_jax.training.parallel import make_mesh
     from experiments.image_classification.presets import PRESETS
     from experiments.image_classification.task import build_model
@@ -188,23 +152,12 @@ def mdeq() -> tuple[dict[str, tuple[Callable[..., Any], tuple[Any, ...]]], int, 
     }
     state = jax.tree.leaves(operands[1])
     floats = sum(a.size for a in state) // batch
-    shortest = history_bytes(model.solver, max(a.size for a in state))
+    shortest = _history_bytes(model.solver, max(a.size for a in state))
     return cases, shortest, f"{batch}, {floats:,}"
 
 
-def row(case: str, state: str, text: str, seconds: float, history: int) -> dict:
-    """What a program says.
-
-    Args:
-        case: its name.
-        state: its shape.
-        text: of the program; its largest loop is the solve, without a loop all of it counts.
-        seconds: of compiling.
-        history: from `history_bytes`; arrays as large are counted.
-
-    Returns:
-        Numbers for the table.
-    """
+def _row(case: str, state: str, text: str, seconds: float, history: int) -> dict:
+    """What a program says: its largest loop is the solve; without a loop all of it counts."""
     solves = loops(text)
     if solves:
         body, test = max(solves, key=lambda pair: pair[0].total)
@@ -212,81 +165,56 @@ def row(case: str, state: str, text: str, seconds: float, history: int) -> dict:
         body, test = kernels(text), None
     counts = dataclasses.asdict(body)
     written = sum(size >= history > 0 for size in counts.pop("written"))
-    tested = test.total if isinstance(test, Kernels) else 0
-    found = {"kernels": body.total, "test": tested, "histories": written, "seconds": seconds}
-    return {"case": case, "state": state} | counts | found
+    found = {"kernels": body.total, "test": test.total if test else 0, "histories": written}
+    return {"case": case, "state": state} | counts | found | {"seconds": seconds}
 
 
-def measure(options: argparse.Namespace) -> list[dict]:
-    """Compiles and reads all cases.
-
-    Args:
-        options: from `parse`.
-
-    Returns:
-        One row for each program.
-    """
+def _measure(options: argparse.Namespace) -> list[dict]:
+    """Compiles and reads all cases, a row for each program."""
     rows = []
 
     def add(case: str, state: str, history: int, function: Any, operands: Any) -> None:
-        text, seconds = compiled(function, *operands)
+        text, seconds = _compiled(function, *operands)
         if options.texts:
             options.texts.mkdir(parents=True, exist_ok=True)
             (options.texts / f"{case} {state}.txt".replace(" ", "_")).write_text(text)
-        rows.append(row(case, state, text, seconds, history))
+        rows.append(_row(case, state, text, seconds, history))
         print(f"{case} [{state}]: {rows[-1]['kernels']} kernels", file=sys.stderr, flush=True)
 
-    compiled(jnp.tanh, jax.ShapeDtypeStruct((8,), jnp.float32))  # loads what the first one loads
+    _compiled(jnp.tanh, jax.ShapeDtypeStruct((8,), jnp.float32))  # loads what the first one loads
     for shape in SHAPES:
         for name in [name for name in SOLVERS if name in options.cases]:
-            history = history_bytes(SOLVERS[name], shape[0] * shape[1])
-            add(name, f"{shape[0]}, {shape[1]:,}", history, *small(name, shape))
+            history = _history_bytes(SOLVERS[name], shape[0] * shape[1])
+            add(name, f"{shape[0]}, {shape[1]:,}", history, *_small(name, shape))
     if "MDEQ" in options.cases:
-        cases, history, state = mdeq()
+        cases, history, state = _mdeq()
         for name, (function, operands) in cases.items():
             add(name, state, history, function, operands)
     return rows
 
 
-def lines(rows: list[dict]) -> str:
-    """The table.
-
-    Args:
-        rows: from `measure`.
-
-    Returns:
-        Markdown.
-    """
-    keys = ("fusions", "copies", "calls", "others", "conditionals", "loops", "kernels", "test")
-    cells = [
-        [row["case"], f"[{row['state']}]"]
-        + [str(row[key]) for key in (*keys, "histories")]
-        + [f"{row['seconds']:.1f}"]
-        for row in rows
-    ]
-    return table(COLUMNS, cells)
-
-
 def main() -> None:
-    """Compile everything and write the results."""
+    """Compiles everything and writes the results."""
     options = parse()
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        sharding()
+        _sharding()
     except Exception as error:  # XLA's own error, of no public type
         sys.exit(f'no compiler for H100 here: pip install "jax[cuda13]" ({error})')
-    rows = measure(options)
-    packages = ("jax", "jaxlib", "jax-cuda13-plugin", "flax")
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "device": "NVIDIA H100 80GB: compiled, not run",
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "rows": rows,
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "accelerators.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(lines(rows))
-    print(f"\nwritten: {options.out}/accelerators.json")
+    rows = _measure(options)
+    write(
+        options.out / "accelerators.json",
+        ("jax", "jaxlib", "jax-cuda13-plugin", "flax"),
+        device="NVIDIA H100 80GB: compiled, not run",
+        rows=rows,
+    )
+    lines = [
+        [row["case"], f"[{row['state']}]"]
+        + [str(row[key]) for key in COUNTS]
+        + [f"{row['seconds']:.1f}"]
+        for row in rows
+    ]
+    print(table(("case", "state", *COUNTS, "compile s"), lines))
 
 
 if __name__ == "__main__":

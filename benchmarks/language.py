@@ -17,18 +17,27 @@ process of its own.  Writes language.json and language.png and prints the tables
 
 import argparse
 import dataclasses
-import datetime
-import importlib.metadata
-import importlib.util
-import json
-import sys
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks._case import in_process, machine
-from benchmarks._language_case import HISTORY, SIZES, Case
-from benchmarks.vision import TASKS, forms_of, names_of
+import numpy as np
 
+from benchmarks._case import (
+    NEVER,
+    PENALTY,
+    machine,
+    measured,
+    relative_difference,
+    same_networks,
+    serve,
+    timed,
+)
+from benchmarks._report import draw_bars, groups, of_the_best_peer, require, table, write
+from benchmarks.vision import read
+
+MODULE = "benchmarks.language"
 PARTS = ("peers", "flat")
 FORMS = {
     "cpu": {"deq_jax": ("1 device", "2 devices"), "torchdeq": ("eager", "eager, 1 thread")},
@@ -44,43 +53,96 @@ DEPTH = 12
 DEPTHS = (4, 8, 16, 32)
 """Evaluations each way, and layers, in the part "flat"."""
 
-RUNNER = "benchmarks._language_case"
+HISTORY = 6
+"""Iterates that Anderson keeps, in both libraries."""
+
 COLUMNS = {
     "peers": ("task", "library", "form", "ms", "tokens/s", "MB", "of the best PyTorch"),
     "flat": ("network", "evaluations, layers", "ms", "tokens/s", "MB"),
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Sizes of a model, of the segment that it reads and of its memory."""
+
+    features: int
+    heads: int
+    hidden: int
+    length: int = 64
+    memory: int = 64
+    words: int = 8000
+
+
+SIZES = {
+    "small": Size(128, 4, 512),
+    "medium": Size(256, 8, 1024),
+    # To see whether everything runs, and to let the libraries load what they need.
+    "toy": Size(16, 2, 32, length=8, memory=12, words=50),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row: a network of a library in one of its forms, and what it does.
+
+    Attributes:
+        size: of `SIZES`.
+        network: "deq", or "explicit" for untied layers.
+        library: "deq_jax" or "torchdeq".
+        form: over how many devices the batch is split, or how PyTorch runs f.
+        task: see `benchmarks.vision.TASKS`.
+        depth: evaluations of f, as many backward as forward; or the number of layers.
+        history: steps that the backward solver keeps; None for all.
+        batch: streams of text.
+        threads: on a CPU.
+        device: "cpu" or "gpu".
+    """
+
+    size: str
+    network: str
+    library: str
+    form: str
+    task: str
+    depth: int
+    history: int | None
+    batch: int
+    threads: int = 2
+    device: str = "cpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """What the models read, the same in both libraries.
+
+    Attributes:
+        words: int32 [B, T].
+        targets: int32 [B, T].
+        z: float32 [B, M, C], remembered states.
+        u: float32 [B, M, 2C], remembered injections into keys and values.
+    """
+
+    words: np.ndarray
+    targets: np.ndarray
+    z: np.ndarray
+    u: np.ndarray
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line.
+    """Reads the command line.
 
     Args:
         arguments: instead of sys.argv.
 
     Returns:
-        The chosen parts, sizes, tasks, batches, device, threads, repeats and the output folder.
+        From `benchmarks.vision.read`.
     """
-    parser = argparse.ArgumentParser(description="Time the DEQ-Transformer beside its peers.")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    text = "small and medium if not given; the part flat takes the first"
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small", "medium"], help=text)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="of peers")
-    parser.add_argument("--batch", nargs="+", type=int, help="streams, one for each of --sizes")
-    parser.add_argument("--forms", nargs="+", choices=names_of(FORMS), help="all if not given")
-    parser.add_argument("--steps", type=int, default=5, help="timed runs; the median is shown")
-    parser.add_argument("--device", choices=tuple(FORMS), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    options = parser.parse_args(arguments)
-    if options.batch is None:
-        options.batch = [BATCHES[options.device][name] for name in options.sizes]
-    if len(options.batch) != len(options.sizes):
-        parser.error(f"--batch: got {len(options.batch)} for {len(options.sizes)} sizes")
-    return options
+    about = "Time the DEQ-Transformer beside its peers; the part flat takes the first of --sizes."
+    return read(arguments, about, "sizes", ("small", "medium"), FORMS, BATCHES, PARTS)
 
 
 def plan(options: argparse.Namespace) -> dict[str, list[Case]]:
-    """The cases of each part, those that are compared next to each other.
+    """Lists the cases of each part, those that are compared next to each other.
 
     Args:
         options: from `parse`.
@@ -88,16 +150,15 @@ def plan(options: argparse.Namespace) -> dict[str, list[Case]]:
     Returns:
         part -> cases in running order.
     """
-    forms, place = forms_of(FORMS[options.device], options.forms), (options.threads, options.device)
-    sizes = list(zip(options.sizes, options.batch, strict=True))
+    place = (options.threads, options.device)
     peers = [
         Case(size, "deq", library, form, task, DEPTH, None, streams, *place)
-        for size, streams in sizes
+        for size, streams in options.batch.items()
         for task in options.tasks
-        for library in forms
-        for form in forms[library]
+        for library, forms in options.forms.items()
+        for form in forms
     ]
-    size, streams = sizes[0]
+    size, streams = next(iter(options.batch.items()))
     flat = [
         Case(size, name, "deq_jax", "1 device", "train", depth, HISTORY, streams, *place)
         for name in ("deq", "explicit")
@@ -107,73 +168,35 @@ def plan(options: argparse.Namespace) -> dict[str, list[Case]]:
     return {part: both[part] for part in PARTS if part in options.parts}
 
 
-def groups(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
-    """Rows of one table.
-
-    Args:
-        rows: of one part.
-
-    Returns:
-        (size, batch) -> rows.
-    """
-    found: dict[tuple[str, int], list[dict]] = {}
-    for row in rows:
-        found.setdefault((row["size"], row["batch"]), []).append(row)
-    return found
-
-
 def tables(parts: dict[str, list[dict]]) -> str:
-    """The results as Markdown, one table for each part and size.
+    """Writes the results as Markdown, one table for each part and size.
 
     Args:
-        parts: part -> rows from the runner, each with the fields of its case.
+        parts: part -> rows, each with the fields of its case.
 
     Returns:
         The text.
     """
     text = []
     for part, rows in parts.items():
-        for (size, streams), group in groups(rows).items():
-            about = counted(group) if part == "peers" else "training, deq_jax on 1 device"
-            text += [f"\n{size}, {streams} streams of {SIZES[size].length} tokens; {about}"]
-            text += ["| " + " | ".join(COLUMNS[part]) + " |", "|" + " --- |" * len(COLUMNS[part])]
-            for row in group:
-                names = ("task", "library", "form") if part == "peers" else ("network", "depth")
-                label = [str(row[name]) for name in names]
-                text.append("| " + " | ".join(label + cells(part, row, group)) + " |")
+        for (size, streams), group in groups(rows, "size", "batch").items():
+            about = _counted(group) if part == "peers" else "training, deq_jax on 1 device"
+            text += [f"\n{size}, {streams} streams of {SIZES[size].length} tokens; {about}\n"]
+            text += [table(COLUMNS[part], [_cells(part, row, group) for row in group])]
     return "\n".join(text)
 
 
-def cells(part: str, row: dict, group: list[dict]) -> list[str]:
-    """What a table says of a case.
-
-    Args:
-        part: of `PARTS`.
-        row: the case.
-        group: the rows of its table.
-
-    Returns:
-        The cells after its label.
-    """
+def _cells(part: str, row: dict, group: list[dict]) -> list[str]:
+    names = ("task", "library", "form") if part == "peers" else ("network", "depth")
+    label = [str(row[name]) for name in names]
     if "error" in row:
-        return [f"failed: {row['error']}"]
-    found = [f"{row['ms']:,.1f}", f"{row['tokens_s']:,.0f}", f"{row['peak_mb']:,.0f}"]
-    if part == "flat":
-        return found
-    alike = [r for r in group if (r["library"], r["task"]) == ("torchdeq", row["task"])]
-    peers = [r["ms"] for r in alike if "error" not in r]
-    return [*found, f"{row['ms'] / min(peers):.2f}" if peers else "-"]
+        return [*label, f"failed: {row['error']}"]
+    cells = [f"{row['ms']:,.1f}", f"{row['tokens_s']:,.0f}", f"{row['peak_mb']:,.0f}"]
+    return [*label, *cells, *([of_the_best_peer(row, group)] if part == "peers" else [])]
 
 
-def counted(rows: list[dict]) -> str:
-    """How often f was evaluated, as the libraries counted it.
-
-    Args:
-        rows: of one table.
-
-    Returns:
-        Half a sentence; all counts, where they are not equal.
-    """
+def _counted(rows: list[dict]) -> str:
+    """How often f was evaluated, as the libraries counted it; all counts if they differ."""
     good = [row for row in rows if "error" not in row]
     train = [row for row in good if row["task"] != "infer"]
     infer = [row for row in good if row["task"] == "infer"]
@@ -189,126 +212,254 @@ def counted(rows: list[dict]) -> str:
     return "evaluations " + ", ".join(parts or ["unknown"])
 
 
-def plot(parts: dict[str, list[dict]], path: Path) -> None:
-    """Times of the peers; time and memory against evaluations and layers.
-
-    Args:
-        parts: as for `tables`.
-        path: of the PNG.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def _plot(parts: dict[str, list[dict]], path: Path) -> None:
+    """Times of the peers, and time and memory against evaluations and layers."""
+    from experiments.report import new_figure
 
     good = {part: [r for r in rows if "error" not in r] for part, rows in parts.items()}
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5))
-    for ax, (part, draw) in zip(axes, (("peers", bars), ("flat", lines)), strict=True):
-        if good.get(part):
-            draw(ax, good[part])
-        else:
-            ax.set_axis_off()
-    figure.suptitle("float32, full memory; less is better")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    good = {part: rows for part, rows in good.items() if rows}
+    if not good:
+        return
+    figure, axes = new_figure(1, len(good), (6.5 * len(good), 5))
+    for axis, (part, rows) in zip(axes[0], good.items(), strict=True):
+        if part == "flat":
+            _draw_depths(axis, rows)
+            continue
+        draw_bars(axis, rows, "ms", lambda r: f"{r['size']}\n{r['library']}\n{r['form']}", "task")
+        axis.set_ylabel("ms")
+        axis.set_title(_counted(rows), fontsize=9)
+    figure.savefig(path)
+    print(f"written: {path}")
 
 
-def bars(ax: Any, rows: list[dict]) -> None:
-    """Time of every task, library and form.
-
-    Args:
-        ax: where to draw.
-        rows: of the part "peers".
-    """
-    names = list(dict.fromkeys((r["size"], r["library"], r["form"]) for r in rows))
-    for i, task in enumerate(TASKS):
-        chosen = [r for r in rows if r["task"] == task]
-        places = [names.index((r["size"], r["library"], r["form"])) for r in chosen]
-        heights = [r["ms"] for r in chosen]
-        ax.bar([p + 0.27 * (i - 1) for p in places], heights, width=0.27, label=task)
-    ax.set_xticks(range(len(names)), ["\n".join(name) for name in names], fontsize=7)
-    ax.set_ylabel("ms")
-    ax.set_title(counted(rows), fontsize=9)
-    ax.legend()
-
-
-def lines(ax: Any, rows: list[dict]) -> None:
-    """Time and memory against the depth.
-
-    Args:
-        ax: where to draw.
-        rows: of the part "flat".
-    """
-    right = ax.twinx()
+def _draw_depths(axis: Any, rows: list[dict]) -> None:
+    """Time and memory against the depth."""
+    right = axis.twinx()
     labels = {"deq": "DEQ", "explicit": "explicit layers"}
-    for i, (network, label) in enumerate(labels.items()):
-        chosen = [r for r in rows if r["network"] == network]
+    for i, ((network,), chosen) in enumerate(groups(rows, "network").items()):
         depths, color = [r["depth"] for r in chosen], f"C{i}"
-        ax.plot(depths, [r["ms"] for r in chosen], "o-", color=color, label=f"{label}: ms")
-        peaks = [r["peak_mb"] for r in chosen]
-        right.plot(depths, peaks, "s--", color=color, label=f"{label}: MB")
-    ax.set_xlabel("evaluations of f each way, or layers")
-    ax.set_ylabel("ms of a training step (solid)")
+        for side, style, key, unit in ((axis, "o-", "ms", "ms"), (right, "s--", "peak_mb", "MB")):
+            heights = [r[key] for r in chosen]
+            side.plot(depths, heights, style, color=color, label=f"{labels[network]}: {unit}")
+    axis.set_xlabel("evaluations of f each way, or layers")
+    axis.set_ylabel("ms of a training step (solid)")
     right.set_ylabel("peak memory, MB (dashed)")
-    ax.set_xticks(DEPTHS)
-    for side in (ax, right):  # room for the legend
+    axis.set_xticks(DEPTHS)
+    for side in (axis, right):  # room for the legend
         side.set_ylim(0, 1.3 * side.get_ylim()[1])
-    ax.legend(handles=[*ax.get_lines(), *right.get_lines()], loc="upper left", ncols=2)
-    ax.set_title(f"{rows[0]['size']}, deq_jax on 1 device", fontsize=9)
+    axis.legend(handles=[*axis.get_lines(), *right.get_lines()], loc="upper left", ncols=2)
+    axis.set_title(f"{rows[0]['size']}, deq_jax on 1 device", fontsize=9)
 
 
-def measured(case: Case, repeats: int) -> dict:
-    """Run one case and say what came of it.
+def _segment(size: Size, batch: int) -> Segment:
+    """Words of every stream after a full memory."""
+    rng = np.random.default_rng(0)
+    words, targets = rng.integers(0, size.words, (2, batch, size.length)).astype(np.int32)
+    remembered = rng.standard_normal((batch, size.memory, 3 * size.features), dtype=np.float32)
+    z, u = np.split(remembered, [size.features], axis=2)
+    return Segment(words, targets, z, u)
+
+
+def measure(request: dict) -> dict:
+    """Answers one process.
 
     Args:
-        case: what to run.
-        repeats: timed runs.
+        request: "case", fields of `Case`, and "repeats"; or "compare", of `SIZES`.
 
     Returns:
-        Its fields and measurements, or "error".
+        What `benchmarks._case.timed` says; "tokens_s", tokens per second; "evaluations" of f in the
+        forward solve and "products" with its Jacobian in the backward one, 0 where there is none;
+        or the differences of the two networks.
     """
-    fields = dataclasses.asdict(case)
-    row = fields | in_process(RUNNER, {"case": fields, "repeats": repeats})
-    shown = row.get("error") or (
-        "{ms:.1f} ms, {peak_mb:.0f} MB, evaluations {evaluations:g} + {products:g}".format(**row)
+    if "compare" in request:
+        return _compare(request["compare"])
+    case = Case(**request["case"])
+    if case.device == "cpu":
+        # Code and threads that a library loads at its first run are no memory of the case's.
+        _build(dataclasses.replace(case, size="toy", batch=2))[0]()
+    run, counts = _build(case)
+    found = timed(run, request["repeats"], case.device, case.library)
+    tokens = case.batch * SIZES[case.size].length
+    return found | {"tokens_s": 1e3 * tokens / found["ms"]} | counts()
+
+
+def _build(case: Case) -> tuple[Callable[[], Any], Callable[[], dict]]:
+    """The path of a training run, compiled; the form says over how many devices it is split."""
+    size = SIZES[case.size]
+    text = _segment(size, case.batch)
+    if case.library == "torchdeq":
+        from benchmarks import _language_torch
+
+        return _language_torch.build(case, size, HISTORY, text)
+    import jax
+
+    devices = int(case.form.split()[0])
+    if case.device == "cpu":
+        jax.config.update("jax_num_cpu_devices", devices)
+    from deq_jax.training.parallel import batch_sharding, make_mesh, replicated
+
+    mesh = make_mesh(jax.devices()[:devices])
+    model = _network(case, mesh)
+    inputs = (text.words, text.targets, _full_memory(model, text))
+    inputs = jax.device_put(inputs, batch_sharding(mesh))
+    start = jax.jit(lambda key: model.init(key, *inputs, train=False))
+    variables = jax.device_put(start(jax.random.key(0)), replicated(mesh))
+    step = _inference(model) if case.task == "infer" else _training(model, case.task)
+    operands = (variables, *inputs, jax.random.key(1))
+    program = jax.jit(step).lower(*operands).compile()
+
+    def counts() -> dict:
+        evaluations, products, *_ = program(*operands)
+        return {"evaluations": float(np.mean(evaluations)), "products": float(np.mean(products))}
+
+    return lambda: jax.block_until_ready(program(*operands)), counts
+
+
+def _network(case: Case, mesh: Any) -> Any:
+    """The model as the experiment wires it, without dropout."""
+    import deq_jax as deq
+    from deq_jax.models.embeddings import AdaptiveEmbedding
+    from deq_jax.models.transformer import DEQTransformer, ExplicitTransformer, TransformerCell
+    from deq_jax.training.parallel import sharded_fixed_point, sharded_map
+
+    size = SIZES[case.size]
+    common: Any = {
+        "vocab": AdaptiveEmbedding(size.words, size.features, per_device=sharded_map(mesh)),
+        "cell": TransformerCell(size.features, size.heads, size.hidden, pre_norm=False),
+        "memory": size.memory,
+    }
+    if case.network == "explicit":
+        return ExplicitTransformer(layers=case.depth, tied=False, **common)
+    backward = deq.Broyden(tol=NEVER, max_steps=case.depth, memory=case.history or case.depth)
+    return DEQTransformer(
+        solver=deq.Anderson(tol=NEVER, max_steps=case.depth, memory=HISTORY),
+        adjoint=deq.Implicit(backward),
+        fixed_point=sharded_fixed_point(mesh, TransformerCell.x_axes),
+        **common,
     )
-    label = f"{case.size} {case.network} {case.depth} {case.task}, {case.library} {case.form}"
-    print(f"{label}: {shown}", file=sys.stderr, flush=True)
-    return row
+
+
+def _full_memory(model: Any, text: Segment) -> Any:
+    """A memory in which nothing is empty; every explicit layer remembers the same states."""
+    batch, length = text.z.shape[:2]
+    empty = model.empty_memory(batch)
+    z = text.z if empty.z.ndim == 3 else text.z[:, None]
+    return empty.replace(
+        z=np.broadcast_to(z, empty.z.shape),
+        u=text.u,
+        filled=np.full(batch, length, np.int32),
+    )
+
+
+def _inference(model: Any) -> Callable:
+    """Gives evaluations of f, 0 products, likelihoods and the next memory."""
+
+    def run(variables, words, targets, memory, key):
+        del key
+        nll, reading = model.apply(variables, words, targets, memory, train=False)
+        return _evaluations(reading), 0.0, nll, reading.memory
+
+    return run
+
+
+def _training(model: Any, task: str) -> Callable:
+    """Gives evaluations of f, products with its Jacobian, loss, gradients and the next memory."""
+    import jax
+
+    import deq_jax as deq
+
+    def run(variables, words, targets, memory, key):
+        def objective(params, probe):
+            nll, reading = model.apply(
+                {"params": params},
+                words,
+                targets,
+                memory,
+                train=True,
+                probe=probe,
+                rngs={"dropout": key},
+            )
+            loss = nll.mean()
+            if task == "train with JR":
+                loss = loss + PENALTY * deq.frobenius_penalty(*reading.solution.at, key=key)
+            return loss, reading
+
+        gradient = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+        # What comes out for the probe are the statistics of the backward solve.
+        probe = deq.backward_probe(memory.u)
+        (loss, reading), (grads, stats) = gradient(variables["params"], probe)
+        return _evaluations(reading), stats.num_steps, loss, grads, reading.memory
+
+    return run
+
+
+def _evaluations(reading: Any) -> Any:
+    """Evaluations of f for every stream; 0 without a solve."""
+    return 0.0 if reading.solution is None else reading.solution.stats.num_steps
+
+
+def _compare(name: str) -> dict:
+    """Differences of f and of the softmax, at PyTorch's weights, a random state and memory."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+    from flax import linen as nn
+
+    import deq_jax as deq
+    from benchmarks import _language_torch
+    from deq_jax.convert.transformer import convert_state
+    from deq_jax.linen import once
+    from deq_jax.models.transformer_cell import Injection, positions
+    from deq_jax.training.parallel import make_mesh
+
+    size = SIZES[name]
+    text = _segment(size, 2)
+    state, z, image, nll = _language_torch.reference(size, text)
+    case = Case(name, "deq", "deq_jax", "1 device", "infer", 1, None, 2)
+    model = _network(case, make_mesh(jax.devices()[:1]))
+    params: Any = convert_state(state).params
+
+    def evaluate(params, z):
+        vocab = {"params": params["vocab"]}
+        embedded = model.vocab.apply(vocab, text.words)
+        inject = {"params": params["inject"]}
+        u: Any = nn.Dense(3 * size.features).apply(inject, embedded)
+        places = positions(size.memory + size.length, size.features)
+        x = Injection(u=u, memory=_full_memory(model, text), positions=places)
+        f = {"params": deq.weight_norm.merge(params["equilibrium"]["f"])}
+        image = model.cell.apply(f, z, x, method=once)
+        return image, model.vocab.apply(vocab, z, text.targets, method="nll")
+
+    ours = jax.jit(evaluate)(params, z)
+    return {
+        "size": name,
+        "f": relative_difference(ours[0], image),
+        "nll": relative_difference(ours[1], nll),
+        "parameters": sum(np.size(a) for a in jax.tree.leaves(params)),
+    }
 
 
 def main() -> None:
-    """Run everything and write the results."""
+    """Runs everything and writes the results."""
     options = parse()
     packages = ("jax", "jaxlib", "flax", "optax", "matplotlib", "torch", "torchdeq")
-    if absent := [name for name in packages if importlib.util.find_spec(name) is None]:
-        sys.exit(f"not installed: {', '.join(absent)}; pip install -e .[bench,train]")
-    same = []
-    if "peers" in options.parts:
-        same = [in_process(RUNNER, {"compare": name}) for name in options.sizes]
-        print(f"same weights in both libraries: {same}", file=sys.stderr, flush=True)
-    # Another network would be another benchmark.
-    if wrong := [one for one in same if "error" in one or max(one["f"], one["nll"]) > 1e-4]:
-        sys.exit(f"the two networks differ: {wrong}")
+    require(packages, "pip install -e .[bench,train]")
+    same = same_networks(MODULE, options.sizes) if "peers" in options.parts else []
     parts = {
-        part: [measured(case, options.steps) for case in cases]
+        part: [measured(MODULE, dataclasses.asdict(case), options.steps) for case in cases]
         for part, cases in plan(options).items()
     }
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "device": options.device,
-        "machine": machine(options.device),
-        "threads": options.threads,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "compared": same,
+    write(
+        options.out / "language.json",
+        packages,
+        device=options.device,
+        machine=machine(options.device),
+        threads=options.threads,
+        compared=same,
         **parts,
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "language.json").write_text(json.dumps(report, indent=1) + "\n")
-    plot(parts, options.out / "language.png")
+    )
     print(tables(parts))
-    print(f"\nwritten: {options.out}/language.json, {options.out}/language.png")
+    _plot(parts, options.out / "language.png")
 
 
 if __name__ == "__main__":
-    main()
+    serve(measure, main)

@@ -9,15 +9,17 @@ rules are compiled in one process and timed in turns.  Writes rules.json and pri
 
 import argparse
 import dataclasses
+import itertools
 import json
-import platform
+import math
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks._case import in_process
+from benchmarks._case import in_process, machine, serve, timed
+from benchmarks._report import RESULTS, table, write
 
 RULES: dict[str, dict[str, Any]] = {
     "implicit": {},
@@ -40,7 +42,7 @@ PENALTY = {"jr": {}, "no_jr": {"jac.gamma": 0}}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line.
+    """Reads the command line.
 
     Args:
         arguments: instead of sys.argv.
@@ -54,23 +56,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300, help="training steps of a run")
     parser.add_argument("--work", type=Path, default=Path("runs/rules"), help="folder of the runs")
     parser.add_argument("--repeats", type=int, default=15, help="timed steps; the median is shown")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 
 
-def train(rule: str, penalty: str, seed: int, steps: int, work: Path) -> dict:
-    """Train once, unless it has been done.
-
-    Args:
-        rule: of `RULES`.
-        penalty: of `PENALTY`.
-        seed: of weights and batches.
-        steps: training steps.
-        work: folder of the runs.
-
-    Returns:
-        What the experiment writes about the model, or "error".
-    """
+def _train(rule: str, penalty: str, seed: int, steps: int, work: Path) -> dict:
+    """What the experiment writes about the model, trained unless it has been; or "error"."""
     folder = work / f"{rule}_{penalty}_{seed}_{steps}"
     if not (folder / "results.json").exists():
         flags = RULES[rule] | PENALTY[penalty]
@@ -92,20 +83,11 @@ def train(rule: str, penalty: str, seed: int, steps: int, work: Path) -> dict:
     return json.loads((folder / "results.json").read_text())["model"]
 
 
-def measure_steps(rules: list[str], repeats: int) -> dict[str, dict]:
-    """Compile and time one training step of every rule, with a penalty in every step.
-
-    Args:
-        rules: of `RULES`.
-        repeats: timed steps.
-
-    Returns:
-        Rule -> "ms", the median, and "mib", the temporary memory of the compiled step.
-    """
+def _measure(request: dict) -> dict[str, dict]:
+    """Milliseconds and temporary MiB of a training step of every rule, with a penalty in each."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", 2)
-    from benchmarks._case import times_ms
     from deq_jax.training.optim import make_optimizer
     from deq_jax.training.parallel import make_mesh
     from deq_jax.training.parallel import place
@@ -117,7 +99,7 @@ def measure_steps(rules: list[str], repeats: int) -> dict[str, dict]:
 
     mesh = make_mesh()
     runs, memory = [], {}
-    for rule in rules:
+    for rule in request["rules"]:
         config = _with_flags(PRESETS["digits"], RULES[rule] | {"jac.prob": 1.0})
         task = ImageTask(config, mesh)
         optimizer = make_optimizer(config.optim, config.train.steps)
@@ -133,8 +115,9 @@ def measure_steps(rules: list[str], repeats: int) -> dict[str, dict]:
             jax.block_until_ready(measured)
 
         runs.append(run)
-    walls = [statistics.median(w for w, _ in times) for times in times_ms(runs, repeats, 120.0)]
-    return {rule: {"ms": ms, "mib": memory[rule]} for rule, ms in zip(rules, walls, strict=True)}
+    found = timed(runs[0], request["repeats"], seconds=120.0, beside=runs[1:])
+    times = [found["ms"], *found.get("beside_ms", [])]
+    return {r: {"ms": ms, "mib": memory[r]} for r, ms in zip(memory, times, strict=True)}
 
 
 def _with_flags(config: Any, values: dict[str, Any]) -> Any:
@@ -148,60 +131,47 @@ def _with_flags(config: Any, values: dict[str, Any]) -> Any:
     return dataclasses.replace(config, **changed)
 
 
-def table(report: dict) -> str:
-    """The results as Markdown.
+def tables(runs: list[dict], steps: dict[str, dict]) -> str:
+    """Writes the results as Markdown.
 
     Args:
-        report: as it is written to rules.json.
+        runs: one for each rule, penalty and seed.
+        steps: rule -> time and memory of a training step.
 
     Returns:
         The text: mean and range over the seeds; times and memory relative to the first rule's.
     """
     heads = [f"{name} at {b}, %" for name in ("JR", "no JR") for b in BUDGETS]
-    lines = ["| rule | " + " | ".join(heads) + " | steps forward, backward | time | memory |"]
-    lines.append("| --- | " + " | ".join("---" for _ in range(len(heads) + 3)) + " |")
-    rules = list(report["steps"])
-    base = report["steps"][rules[0]]
-    for rule in rules:
+    base, lines = next(iter(steps.values())), []
+    for rule, own in steps.items():
+        used = [row for row in runs if row["rule"] == rule and "accuracy" in row]
         cells = []
-        for penalty in PENALTY:
-            rows = [r for r in report["runs"] if (r["rule"], r["model"]) == (rule, penalty)]
-            for budget in BUDGETS:
-                values = [100 * r["accuracy"][budget] for r in rows if "accuracy" in r]
-                mean = statistics.mean(values) if values else float("nan")
-                spread = f" ({min(values):.1f} to {max(values):.1f})" if values else ""
-                cells.append(f"{mean:.1f}{spread}")
-        used = [r for r in report["runs"] if r["rule"] == rule and "accuracy" in r]
-        forward = statistics.mean(r["train_steps"] for r in used)
-        backward = statistics.mean(r.get("backward_steps") or 0 for r in used)
-        own = report["steps"][rule]
-        cells.append(f"{forward:.1f}, {backward:.1f}")
-        cells += [f"{own[key] / base[key]:.2f}" for key in ("ms", "mib")]
-        lines.append(f"| {rule} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for penalty, budget in itertools.product(PENALTY, BUDGETS):
+            values = [100 * r["accuracy"][budget] for r in used if r["model"] == penalty]
+            spread = f" ({min(values):.1f} to {max(values):.1f})" if values else ""
+            cells.append(f"{statistics.mean(values or [math.nan]):.1f}{spread}")
+        for key in ("train_steps", "backward_steps"):
+            cells.append(f"{statistics.mean([r.get(key) or 0 for r in used] or [math.nan]):.1f}")
+        lines.append([rule, *cells, *(f"{own[key] / base[key]:.2f}" for key in ("ms", "mib"))])
+    return table(("rule", *heads, "steps forward", "backward", "time", "memory"), lines)
 
 
 def main() -> None:
-    """Run everything and write the results."""
-    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
-        print(json.dumps(measure_steps(**json.loads(sys.argv[1]))))
-        return
+    """Runs everything and writes the results."""
     options = parse()
     runs = []
-    for seed in options.seeds:
-        for rule in options.rules:
-            for penalty in PENALTY:
-                row = train(rule, penalty, seed, options.steps, options.work)
-                runs.append(row | {"rule": rule, "model": penalty, "seed": seed})
-                shown = row.get("error") or row["accuracy"]
-                print(f"{rule} {penalty} {seed}: {shown}", file=sys.stderr, flush=True)
+    for seed, rule, penalty in itertools.product(options.seeds, options.rules, PENALTY):
+        row = _train(rule, penalty, seed, options.steps, options.work)
+        runs.append(row | {"rule": rule, "model": penalty, "seed": seed})
+        shown = row.get("error") or row["accuracy"]
+        print(f"{rule} {penalty} {seed}: {shown}", file=sys.stderr, flush=True)
     steps = in_process("benchmarks.rules", {"rules": options.rules, "repeats": options.repeats})
-    machine = platform.processor() or platform.machine()
-    report = {"machine": machine, "train_steps": options.steps, "runs": runs, "steps": steps}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "rules.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(table(report))
+    if "error" in steps:
+        sys.exit(f"the steps were not timed: {steps['error']}")
+    contents: dict = {"train_steps": options.steps, "runs": runs, "steps": steps}
+    write(options.out / "rules.json", ("jax", "jaxlib", "flax"), machine=machine(), **contents)
+    print(tables(runs, steps))
 
 
 if __name__ == "__main__":
-    main()
+    serve(_measure, main)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import deq_jax as deq
+from benchmarks._report import table
 from deq_jax import tree
 from deq_jax.solvers.loop import Settings, iterate
 from deq_jax.training import weights
@@ -32,15 +33,8 @@ from deq_jax.training.state import create_state
 TOLERANCE, MOST = 1e-3, 40
 
 
-def build(name: str) -> tuple[Any, Any, Any]:
-    """The task of a preset.
-
-    Args:
-        name: digits or prose.
-
-    Returns:
-        The configuration, the task, and training batches.
-    """
+def _build(name: str) -> tuple[Any, Any, Any]:
+    """The configuration and the task of a preset, and its training batches."""
     mesh = make_mesh(jax.devices()[:1])
     if name == "digits":
         from experiments.image_classification.data import build_data
@@ -58,18 +52,8 @@ def build(name: str) -> tuple[Any, Any, Any]:
     return config, LanguageTask(config, mesh, len(texts.corpus.vocabulary)), texts.train
 
 
-def capture(task: Any, state: Any, batch: Any, solver: deq.Broyden) -> dict[str, Any]:
-    """Solves for a batch in evaluation mode.
-
-    Args:
-        task: of the model.
-        state: of training, with the weights.
-        batch: placed.
-        solver: the forward method.
-
-    Returns:
-        f of z alone, z0, and the loss's cotangent v of the equilibrium.
-    """
+def _capture(task: Any, state: Any, batch: Any, solver: deq.Broyden) -> dict[str, Any]:
+    """Solves for a batch in evaluation mode: f of z alone, z0, and the loss's cotangent v."""
     box: dict[str, Any] = {}
 
     def fixed_point(f: Any, params: Any, z0: Any, x: Any, **options: Any) -> deq.Solution:
@@ -113,18 +97,8 @@ def _cosine(a: Any, b: Any) -> jax.Array:
     return tree.dot(a, b) / (tree.norm(a) * tree.norm(b))
 
 
-def measure(f: Callable[[Any], Any], z0: Any, v: Any, solver: deq.Broyden) -> dict[str, jax.Array]:
-    """The figures of one batch.
-
-    Args:
-        f: the map of z alone.
-        z0: start.
-        v: cotangent.
-        solver: the forward method.
-
-    Returns:
-        Name -> a number for each sample: cosines, and products to `TOLERANCE`.
-    """
+def _measure(f: Callable[[Any], Any], z0: Any, v: Any, solver: deq.Broyden) -> dict[str, jax.Array]:
+    """Name -> a number for each sample: cosines, and products to `TOLERANCE`."""
     settings = Settings(solver, solver.max_steps, "best", False)
     found = iterate(settings, f, z0, carry=True)
     last: Any = found.last
@@ -194,7 +168,7 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, default=30, help="of the forward solve")
     parser.add_argument("--tol", type=float, default=1e-3, help="of the forward solve")
     options = parser.parse_args()
-    config, task, data = build(options.task)
+    config, task, data = _build(options.task)
     mesh = make_mesh(jax.devices()[:1])
     state = create_state(task, make_optimizer(config.optim, 1), 0, mesh)
     params, extra = weights.load(options.weights)
@@ -202,15 +176,16 @@ def main() -> None:
     solver = deq.Broyden(tol=options.tol, max_steps=options.max_steps, memory=options.max_steps)
     rows: list[dict[str, np.ndarray]] = []
     for _ in range(options.batches):
-        box = capture(task, state, place(next(data), mesh), solver)
-        figures = jax.jit(partial(measure, box["f"], solver=solver))(box["z0"], box["v"])
+        box = _capture(task, state, place(next(data), mesh), solver)
+        figures = jax.jit(partial(_measure, box["f"], solver=solver))(box["z0"], box["v"])
         rows.append(jax.tree.map(np.asarray, figures))
-    print(f"| {options.task}, {options.weights} | median | 10 % | 90 % | mean |")
-    print("| --- | --- | --- | --- | --- |")
+    lines = []
     for name in rows[0]:
         values = np.concatenate([row[name] for row in rows]).astype(float)
         low, middle, high = np.quantile(values, (0.1, 0.5, 0.9))
-        print(f"| {name} | {middle:.4g} | {low:.4g} | {high:.4g} | {values.mean():.4g} |")
+        lines.append([name, *(f"{n:.4g}" for n in (middle, low, high, values.mean()))])
+    heads = (f"{options.task}, {options.weights}", "median", "10 %", "90 %", "mean")
+    print(table(heads, lines))
 
 
 if __name__ == "__main__":

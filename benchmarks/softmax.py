@@ -9,17 +9,12 @@ table.
 """
 
 import argparse
-import datetime
-import importlib.metadata
-import json
-import platform
-import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks._case import in_process, limit_threads, peak_mb, times_ms
+from benchmarks._case import machine, measured, serve, timed
+from benchmarks._report import RESULTS, table, write
 
 WORDS, CUTOFFS = 267_735, (20_000, 40_000, 200_000)
 CASES = {
@@ -30,17 +25,8 @@ CASES = {
 }
 
 
-def build(name: str, tokens: int, features: int) -> Callable[[], Any]:
-    """Compile one case.
-
-    Args:
-        name: of `CASES`.
-        tokens: words in the batch.
-        features: size of the hidden vectors.
-
-    Returns:
-        What computes loss and gradients, and blocks until it is done.
-    """
+def _build(name: str, tokens: int, features: int) -> Callable[[], Any]:
+    """What computes loss and gradients of a case, compiled."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -68,60 +54,49 @@ def build(name: str, tokens: int, features: int) -> Callable[[], Any]:
 
 
 def measure(request: dict) -> dict:
-    """Measure one case.
+    """Measures one case.
 
     Args:
-        request: name, tokens, features, threads, repeats.
+        request: "case" with name, tokens and features; "repeats".
 
     Returns:
-        The request with loss, ms (median) and peak_mb (of the first run, results included).
+        What `benchmarks._case.timed` says, with the results in the peak memory; "loss".
     """
-    run = build(request["name"], request["tokens"], request["features"])
-    found = {}
-    peak = peak_mb(lambda: found.update(loss=float(run()[0])))
-    (times,) = times_ms([run], request["repeats"], seconds=20)
-    return request | found | {"ms": statistics.median(wall for wall, _ in times), "peak_mb": peak}
+    case, repeats = request["case"], request["repeats"]
+    run = _build(case["name"], case["tokens"], case["features"])
+    found = timed(run, repeats, seconds=20)
+    return {"repeats": repeats, "loss": float(run()[0])} | found
 
 
 def main() -> None:
-    """Run everything and write the results."""
+    """Runs everything and writes the results."""
     parser = argparse.ArgumentParser(description="Time the adaptive softmax.")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--features", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5, help="timed runs; the median is shown")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     common = {"tokens": options.tokens, "features": options.features, "threads": options.threads}
-    rows = []
-    for name in CASES:
-        request = common | {"name": name, "repeats": options.steps}
-        rows.append(request | in_process("benchmarks.softmax", request))
-        print(f"{name}: {rows[-1].get('error') or 'done'}", file=sys.stderr, flush=True)
-    first = rows[0].get("ms")
+    rows = [
+        measured("benchmarks.softmax", {"name": name} | common, options.steps) for name in CASES
+    ]
+    write(options.out / "softmax.json", ("jax", "jaxlib"), machine=machine(), rows=rows)
+    first = rows[0].get("ms", float("nan"))
+    lines = [
+        [row["name"], f"failed: {row['error']}"]
+        if "error" in row
+        else [
+            row["name"],
+            f"{row['ms']:,.0f}",
+            f"{row['ms'] / first:.2f}",
+            f"{row['peak_mb']:,.0f}",
+        ]
+        for row in rows
+    ]
     print(f"\n{options.tokens:,} words out of {WORDS:,}, {options.features} features\n")
-    print("| softmax | ms | share of the first | peak MB |\n| --- | --- | --- | --- |")
-    for row in rows:
-        if "error" in row:
-            print(f"| {row['name']} | failed: {row['error']} |")
-            continue
-        share = f"{row['ms'] / first:.2f}" if first else "-"
-        print(f"| {row['name']} | {row['ms']:,.0f} | {share} | {row['peak_mb']:,.0f} |")
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
-        "rows": rows,
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "softmax.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\nwritten: {options.out}/softmax.json")
+    print(table(("softmax", "ms", "share of the first", "peak MB"), lines))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):  # from in_process
-        asked = json.loads(sys.argv[1])
-        limit_threads(asked["threads"])
-        print(json.dumps(measure(asked)))
-    else:
-        main()
+    serve(measure, main)

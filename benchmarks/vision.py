@@ -12,17 +12,27 @@ of its own.  Writes vision.json and vision.png and prints the table.
 
 import argparse
 import dataclasses
-import datetime
-import importlib.metadata
-import importlib.util
 import itertools
-import json
-import sys
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks._case import in_process, machine
-from benchmarks._vision_case import MODELS, STOPPED, Case
+import numpy as np
 
+from benchmarks._case import (
+    NEVER,
+    PENALTY,
+    machine,
+    measured,
+    relative_difference,
+    same_networks,
+    serve,
+    timed,
+)
+from benchmarks._report import RESULTS, of_the_best_peer, plot_bars, require, table, write
+
+MODULE = "benchmarks.vision"
 TASKS = ("train", "train with JR", "infer")
 FORMS = {
     "cpu": {"deq_jax": ("1 device", "2 devices"), "torchdeq": ("channels_last", "NCHW")},
@@ -33,38 +43,108 @@ BATCHES = {
     "gpu": {"cifar10_tiny": 64, "cifar10_large": 96},
 }
 RIVAL = "resnet101"
-RUNNER = "benchmarks._vision_case"
 COLUMNS = ("task", "network", "library", "form", "ms", "ms an image", "MB", "of the best PyTorch")
+
+STOPPED = 6
+"""Evaluations of f in inference."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Sizes of a multiscale DEQ and its evaluations of f in training."""
+
+    channels: tuple[int, ...]
+    head: tuple[int, ...]
+    final: int
+    forward: int
+    backward: int
+    expansion: int = 5
+    classes: int = 10
+
+
+MODELS = {
+    "cifar10_tiny": Model((24, 24), (8, 16), 200, 18, 20),
+    # Evaluations of the preset cifar10_large_jr.
+    "cifar10_large": Model((32, 64, 128, 256), (14, 28, 56, 112), 1680, 8, 7),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row: a network of a library in one of its forms, what it does, on how many images."""
+
+    model: str
+    library: str
+    form: str
+    task: str
+    batch: int
+    threads: int = 2
+    device: str = "cpu"
+
+
+def read(
+    arguments: Sequence[str] | None,
+    about: str,
+    name: str,
+    default: Sequence[str],
+    forms: dict[str, dict[str, tuple[str, ...]]],
+    batches: dict[str, dict[str, int]],
+    parts: Sequence[str] = (),
+) -> argparse.Namespace:
+    """Reads the command line of the vision or of the language benchmark.
+
+    Args:
+        arguments: instead of sys.argv.
+        about: what the benchmark does.
+        name: of the flag that chooses networks.
+        default: networks, if none are chosen.
+        forms: device -> library -> how it can run.
+        batches: device -> network -> batch.
+        parts: choices of the flag --parts, if there is one.
+
+    Returns:
+        The options; "batch" is network -> batch, "forms" is library -> forms.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    known = itertools.chain(*(own for one in forms.values() for own in one.values()))
+    parser.add_argument(f"--{name}", nargs="+", choices=tuple(batches["cpu"]), default=default)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--batch", nargs="+", type=int, help=f"one for each of --{name}")
+    parser.add_argument("--forms", nargs="+", choices=tuple(dict.fromkeys(known)))
+    parser.add_argument("--steps", type=int, default=5, help="timed runs; the median is shown")
+    parser.add_argument("--device", choices=tuple(forms), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    if parts:
+        parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    options = parser.parse_args(arguments)
+    names = getattr(options, name)
+    sizes = options.batch or [batches[options.device][one] for one in names]
+    if len(sizes) != len(names):
+        parser.error(f"--batch: got {len(sizes)} for {len(names)} {name}; give one for each")
+    options.batch = dict(zip(names, sizes, strict=True))
+    options.forms = {
+        library: [form for form in own if options.forms is None or form in options.forms]
+        for library, own in forms[options.device].items()
+    }
+    return options
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line.
+    """Reads the command line.
 
     Args:
         arguments: instead of sys.argv.
 
     Returns:
-        The chosen models, tasks, batches, device, threads, repeats and the output folder.
+        From `read`.
     """
-    parser = argparse.ArgumentParser(description="Time the multiscale DEQ beside its peers.")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--batch", nargs="+", type=int, help="one for each of --models")
-    parser.add_argument("--forms", nargs="+", choices=names_of(FORMS), help="all if not given")
-    parser.add_argument("--steps", type=int, default=5, help="timed runs; the median is shown")
-    parser.add_argument("--device", choices=tuple(FORMS), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    options = parser.parse_args(arguments)
-    if options.batch is None:
-        options.batch = [BATCHES[options.device][name] for name in options.models]
-    if len(options.batch) != len(options.models):
-        parser.error(f"--batch: got {len(options.batch)} for {len(options.models)} models")
-    return options
+    about = "Time the multiscale DEQ beside its peers."
+    return read(arguments, about, "models", tuple(MODELS), FORMS, BATCHES)
 
 
 def plan(options: argparse.Namespace) -> list[Case]:
-    """The cases, those that are compared next to each other.
+    """Lists the cases, those that are compared next to each other.
 
     Args:
         options: from `parse`.
@@ -72,57 +152,18 @@ def plan(options: argparse.Namespace) -> list[Case]:
     Returns:
         The cases in running order; ResNet-101 follows the inference of each model.
     """
-    forms, cases = forms_of(FORMS[options.device], options.forms), []
-    for name, images in zip(options.models, options.batch, strict=True):
-        for task in options.tasks:
-            pairs = [(name, library, form) for library in forms for form in forms[library]]
-            if task == "infer":
-                pairs += [(RIVAL, "deq_jax", form) for form in forms["deq_jax"]]
-            cases += [
-                Case(network, library, form, task, images, options.threads, options.device)
-                for network, library, form in pairs
-            ]
+    cases = []
+    for (model, images), task in itertools.product(options.batch.items(), options.tasks):
+        pairs = [(model, library, form) for library, own in options.forms.items() for form in own]
+        if task == "infer":
+            pairs += [(RIVAL, "deq_jax", form) for form in options.forms["deq_jax"]]
+        place = (task, images, options.threads, options.device)
+        cases += [Case(*pair, *place) for pair in pairs]
     return cases
 
 
-def forms_of(forms: dict[str, tuple[str, ...]], names: list[str] | None) -> dict[str, list[str]]:
-    """Those forms of the libraries that were asked for.
-
-    Args:
-        forms: library -> all of its forms.
-        names: of forms; None for all.
-
-    Returns:
-        library -> forms.
-    """
-    return {
-        library: [form for form in known if names is None or form in names]
-        for library, known in forms.items()
-    }
-
-
-def names_of(forms: dict[str, dict[str, tuple[str, ...]]]) -> list[str]:
-    """All forms of all libraries on all devices.
-
-    Args:
-        forms: device -> library -> forms.
-
-    Returns:
-        Every name once.
-    """
-    names = [form for known in forms.values() for form in itertools.chain(*known.values())]
-    return list(dict.fromkeys(names))
-
-
-def groups(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
-    """Rows of one table.
-
-    Args:
-        rows: the cases in running order; those of ResNet-101 follow the model they stand beside.
-
-    Returns:
-        (model, batch) -> rows.
-    """
+def _groups(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
+    """(model, batch) -> rows; those of ResNet-101 follow the model they stand beside."""
     found: dict[tuple[str, int], list[dict]] = {}
     model = ""
     for row in rows:
@@ -132,121 +173,198 @@ def groups(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
 
 
 def tables(rows: list[dict]) -> str:
-    """The results as Markdown, one table for each model.
+    """Writes the results as Markdown, one table for each model.
 
     Args:
-        rows: from the runner, each with the fields of its case.
+        rows: each with the fields of its case.
 
     Returns:
         The text.
     """
     text = []
-    for (model, images), group in groups(rows).items():
-        text += [f"\n{model}, {images} images; " + evaluations(model)]
-        text += ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    for (model, images), group in _groups(rows).items():
+        sizes = MODELS[model]
+        counts = f"{sizes.forward} + {sizes.backward} in training, {STOPPED} in inference"
+        lines = []
         for row in group:
             label = [row["task"], row["model"], row["library"], row["form"]]
             if "error" in row:
-                text.append("| " + " | ".join([*label, f"failed: {row['error']}"]) + " |")
+                lines.append([*label, f"failed: {row['error']}"])
                 continue
-            peers = [
-                r["ms"]
-                for r in group
-                if (r["library"], r["task"]) == ("torchdeq", row["task"]) and "error" not in r
-            ]
-            ratio = f"{row['ms'] / min(peers):.2f}" if peers else "-"
             each = f"{row['ms'] / images:,.1f}"
-            cells = [f"{row['ms']:,.1f}", each, f"{row['peak_mb']:,.0f}", ratio]
-            text.append("| " + " | ".join(label + cells) + " |")
+            cells = [f"{row['ms']:,.1f}", each, f"{row['peak_mb']:,.0f}"]
+            lines.append([*label, *cells, of_the_best_peer(row, group)])
+        text += [f"\n{model}, {images} images; evaluations {counts}\n", table(COLUMNS, lines)]
     return "\n".join(text)
 
 
-def evaluations(model: str) -> str:
-    """How often f is evaluated, in words.
+def _batch(images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random images [B, 32, 32, 3] and labels [B]."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((images, 32, 32, 3), dtype=np.float32)
+    return x, rng.integers(0, 10, images).astype(np.int32)
+
+
+def measure(request: dict) -> dict:
+    """Answers one process.
 
     Args:
-        model: of `MODELS`.
+        request: "case", fields of `Case`, and "repeats"; or "compare", of `MODELS`.
 
     Returns:
-        Half a sentence.
+        What `benchmarks._case.timed` says, and "evaluations" of f in the forward solve; or the
+        differences of the two networks.
     """
-    sizes = MODELS[model]
-    return f"evaluations {sizes.forward} + {sizes.backward} in training, {STOPPED} in inference"
+    if "compare" in request:
+        return _compare(request["compare"])
+    case = Case(**request["case"])
+    if case.library == "deq_jax":
+        run, counts = _build(case)
+    else:
+        from benchmarks import _vision_torch
+
+        model = MODELS[case.model]
+        run, counts = _vision_torch.build(case, model, STOPPED, *_batch(case.batch))
+    return timed(run, request["repeats"], case.device, case.library) | counts()
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    """Bars of time and memory, a column of panels for each model.
+def _build(case: Case) -> tuple[Callable[[], Any], Callable[[], dict]]:
+    """The path of a training run, compiled; the form says over how many devices it is split."""
+    import jax
 
-    Args:
-        rows: as for `tables`.
-        path: of the PNG.
-    """
-    import matplotlib
+    devices = int(case.form.split()[0])
+    if case.device == "cpu":
+        jax.config.update("jax_num_cpu_devices", devices)
+    from deq_jax.models.resnet import ResNet
+    from deq_jax.training.parallel import batch_sharding, make_mesh, replicated
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    mesh = make_mesh(jax.devices()[:devices])
+    if case.model == RIVAL:
+        model = ResNet(classes=10, depth=101, stem="cifar")
+    else:
+        model = _mdeq(MODELS[case.model], mesh)
+    images, labels = (jax.device_put(a, batch_sharding(mesh)) for a in _batch(case.batch))
+    start = jax.jit(lambda key: model.init(key, images, train=False))
+    variables = jax.device_put(start(jax.random.key(0)), replicated(mesh))
+    step = _inference(model) if case.task == "infer" else _training(model, case.task)
+    operands = (variables, images, labels, jax.random.key(1))
+    program = jax.jit(step).lower(*operands).compile()
 
-    found = groups([row for row in rows if "error" not in row])
-    size = (6 * max(len(found), 1), 8)
-    figure, axes = plt.subplots(2, max(len(found), 1), figsize=size, squeeze=False)
-    for column, ((model, images), group) in enumerate(found.items()):
-        lines = list(dict.fromkeys((r["model"], r["library"], r["form"]) for r in group))
-        for line, (key, unit) in enumerate((("ms", "ms"), ("peak_mb", "MB"))):
-            ax = axes[line][column]
-            for i, task in enumerate(TASKS):
-                bars = {
-                    (r["model"], r["library"], r["form"]): r for r in group if r["task"] == task
-                }
-                places = [lines.index(name) + 0.27 * (i - 1) for name in bars]
-                heights = [row[key] for row in bars.values()]
-                ax.bar(places, heights, width=0.27, label=task)
-            names = [
-                f"{name if name == RIVAL else library}\n{form}" for name, library, form in lines
-            ]
-            ax.set_xticks(range(len(lines)), names, fontsize=7)
-            ax.set_ylabel(unit)
-            if line == 0:
-                ax.set_title(f"{model}, {images} images", fontsize=9)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper right")
-    figure.suptitle("float32, equal evaluations of f; less is better")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    def counts() -> dict:
+        return {"evaluations": float(np.mean(program(*operands)[0]))}
+
+    return lambda: jax.block_until_ready(program(*operands)), counts
+
+
+def _mdeq(sizes: Model, mesh: Any) -> Any:
+    """The multiscale DEQ as the experiments wire it, without dropout."""
+    import deq_jax as deq
+    from deq_jax.models.heads import ClassificationHead
+    from deq_jax.models.mdeq import MDEQ
+    from deq_jax.models.mdeq_cell import MDEQCell
+    from deq_jax.training.parallel import sharded_fixed_point
+
+    return MDEQ(
+        cell=MDEQCell(channels=sizes.channels, expansion=sizes.expansion),
+        head=ClassificationHead(sizes.classes, sizes.head, sizes.final),
+        solver=deq.Broyden(tol=NEVER, max_steps=sizes.forward),
+        adjoint=deq.Implicit(deq.Broyden(tol=NEVER, max_steps=sizes.backward)),
+        fixed_point=sharded_fixed_point(mesh),
+    )
+
+
+def _inference(model: Any) -> Callable:
+    """Gives evaluations of f and logits."""
+    from deq_jax.models.mdeq import MDEQ
+
+    def run(variables, images, labels, key):
+        del labels, key
+        if not isinstance(model, MDEQ):
+            return 0.0, model.apply(variables, images, train=False)
+        result: Any = model.apply(variables, images, train=False, max_steps=STOPPED)
+        logits, solution = result
+        return solution.stats.num_steps, logits
+
+    return run
+
+
+def _training(model: Any, task: str) -> Callable:
+    """Gives evaluations of f, loss, gradients and batch statistics."""
+    import jax
+    import optax
+
+    import deq_jax as deq
+
+    def run(variables, images, labels, key):
+        def objective(params):
+            (logits, solution), updated = model.apply(
+                {**variables, "params": params},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": key},
+            )
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+            if task == "train with JR":
+                loss = loss + PENALTY * deq.frobenius_penalty(*solution.at, key=key)
+            return loss, (solution.stats.num_steps, updated)
+
+        gradient = jax.value_and_grad(objective, has_aux=True)
+        (loss, (count, updated)), grads = gradient(variables["params"])
+        return count, loss, grads, updated
+
+    return run
+
+
+def _compare(name: str) -> dict:
+    """Differences of f and of the logits, at PyTorch's weights and a random state."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    from benchmarks import _vision_torch
+    from deq_jax.convert.mdeq import convert_state
+    from deq_jax.models.mdeq_cell import WEIGHT_NORM
+    from deq_jax.training.parallel import make_mesh
+
+    state, z, x, image, logits = _vision_torch.reference(MODELS[name])
+    model = _mdeq(MODELS[name], make_mesh(jax.devices()[:1]))
+    converted = convert_state(state)
+    params, stats = converted.params, converted.batch_stats
+    f = {"params": WEIGHT_NORM.merge(params["equilibrium"]["f"])}
+    ours = jax.jit(model.cell.apply)(f, tuple(z), x)
+    head = {"params": params["head"], "batch_stats": stats["head"]}
+    scores = jax.jit(lambda v, z: model.head.apply(v, z, train=False))(head, tuple(z))
+    return {
+        "model": name,
+        "f": max(map(relative_difference, ours, image)),
+        "logits": relative_difference(scores, logits),
+        "parameters": sum(np.size(a) for a in jax.tree.leaves(params)),
+    }
 
 
 def main() -> None:
-    """Run everything and write the results."""
+    """Runs everything and writes the results."""
     options = parse()
-    needed = ("torch", "torchdeq", "optax", "matplotlib")
-    if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
-        sys.exit(f"not installed: {', '.join(absent)}; pip install -e .[bench,train]")
-    same = [in_process(RUNNER, {"compare": name}) for name in options.models]
-    print(f"same weights in both libraries: {same}", file=sys.stderr, flush=True)
-    # Another network would be another benchmark.
-    if wrong := [one for one in same if "error" in one or max(one["f"], one["logits"]) > 1e-4]:
-        sys.exit(f"the two networks differ: {wrong}")
-    rows = []
-    for case in plan(options):
-        fields = dataclasses.asdict(case)
-        rows.append(fields | in_process(RUNNER, {"case": fields, "repeats": options.steps}))
-        shown = rows[-1].get("error") or "{ms:.1f} ms, {peak_mb:.0f} MB".format(**rows[-1])
-        label = f"{case.model} {case.batch} {case.task}, {case.library} {case.form}"
-        print(f"{label}: {shown}", file=sys.stderr, flush=True)
-    packages = ("jax", "jaxlib", "flax", "torch", "torchdeq")
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "device": options.device,
-        "machine": machine(options.device),
-        "threads": options.threads,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "compared": same,
-        "rows": rows,
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "vision.json").write_text(json.dumps(report, indent=1) + "\n")
-    plot(rows, options.out / "vision.png")
+    require(("torch", "torchdeq", "optax", "matplotlib"), "pip install -e .[bench,train]")
+    same = same_networks(MODULE, options.models)
+    rows = [measured(MODULE, dataclasses.asdict(case), options.steps) for case in plan(options)]
+    write(
+        options.out / "vision.json",
+        ("jax", "jaxlib", "flax", "torch", "torchdeq"),
+        device=options.device,
+        machine=machine(options.device),
+        threads=options.threads,
+        compared=same,
+        rows=rows,
+    )
     print(tables(rows))
-    print(f"\nwritten: {options.out}/vision.json, {options.out}/vision.png")
+    panels = {f"{model}, {size} images": own for (model, size), own in _groups(rows).items()}
+    plot_bars(options.out / "vision.png", panels, _bar, "task")
+
+
+def _bar(row: dict) -> str:
+    return "\n".join((RIVAL if row["model"] == RIVAL else row["library"], *row["form"].split(" ")))
 
 
 if __name__ == "__main__":
-    main()
+    serve(measure, main)

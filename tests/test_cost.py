@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import deq_jax as deq
-from benchmarks._scaling_program import LOOPS, collectives
+from benchmarks.programs import LOOPS, collectives
 from deq_jax.training import parallel
 
 pytestmark = pytest.mark.usefixtures("compilation_cache_off")

@@ -14,7 +14,7 @@ import training_example as example
 from test_cost import bodies
 
 import deq_jax as deq
-from benchmarks._scaling_program import LOOPS, collectives
+from benchmarks.programs import LOOPS, collectives
 from deq_jax.models import AdaptiveEmbedding, DEQTransformer, TransformerCell
 from deq_jax.training import (
     EvalConfig,

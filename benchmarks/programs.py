@@ -9,13 +9,16 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 LOOPS = ("body", "condition")
 
-_COLLECTIVE = re.compile(rf" = (\(.*?\)|\S+) ({'|'.join(KINDS)})\(")
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+# Instructions that launch nothing themselves, and those that only run other computations.
+_FREE = "parameter constant tuple get-tuple-element bitcast after-all add-dependency opt-barrier"
+_RUNS = "while conditional call async-start async-done async-update"
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([a-z][\w\-]*)\(")
 _CALLS = {
     "body": re.compile(r"\bbody=%?([\w.\-]+)"),
     "condition": re.compile(r"\bcondition=%?([\w.\-]+)"),
@@ -24,12 +27,6 @@ _CALLS = {
     ),
     "": re.compile(r"\b(?:calls|to_apply)=%?([\w.\-]+)"),
 }
-
-
-# Instructions that launch nothing themselves, and those that only run other computations.
-_FREE = "parameter constant tuple get-tuple-element bitcast after-all add-dependency opt-barrier"
-_RUNS = "while conditional call async-start async-done async-update"
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([a-z][\w\-]*)\(")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,16 +65,14 @@ class Collective:
     """One instruction that communicates.
 
     Attributes:
-        kind: of `KINDS`.
+        kind: its name in the program, such as "all-reduce".
         bytes: of its result, all members of a tuple counted.
         place: "body" or "condition" of a loop, "branch" of a conditional, or "once".
-        backward: whether it comes from a derivative.
     """
 
     kind: str
     bytes: int
     place: str
-    backward: bool
 
 
 def shape_bytes(shape: str) -> int:
@@ -122,62 +117,13 @@ def _computations(text: str) -> tuple[dict[str, str], str]:
 
 
 def _walk(parts: dict[str, str], name: str, place: str) -> Iterator[Collective]:
-    for line in parts[name].splitlines():
-        if found := _COLLECTIVE.search(line):
-            source = re.search(r'op_name="([^"]*)"', line)
-            backward = source is not None and "transpose(" in source[1]
-            yield Collective(found[2], shape_bytes(found[1]), place, backward)
-        for where, pattern in _CALLS.items():
+    for shape, kind, line in _instructions(parts[name]):
+        if kind in _COLLECTIVES:
+            yield Collective(kind, shape_bytes(shape), place)
+        for where, called in _called(line, parts):
             # A branch of a loop still runs with the loop.
-            inner = place if not where or (where == "branch" and place in LOOPS) else where
-            for group in pattern.findall(line):
-                for called in re.findall(r"[\w.\-]+", group):
-                    if called in parts:
-                        yield from _walk(parts, called, inner)
-
-
-def runs(collective: Collective, forward: int, backward: int) -> int:
-    """How often a step runs a collective, if it takes all branches that have one.
-
-    Args:
-        collective: from `collectives`.
-        forward: iterations of the forward solve.
-        backward: iterations of the backward solve.
-
-    Returns:
-        The number; a loop tests its condition once more than it runs its body.
-    """
-    steps = backward if collective.backward else forward
-    return {"body": steps, "condition": steps + 1}.get(collective.place, 1)
-
-
-def summary(found: Iterable[Collective], forward: int, backward: int) -> dict:
-    """Numbers for a table.
-
-    Args:
-        found: from `collectives`.
-        forward: iterations of the forward solve.
-        backward: iterations of the backward solve.
-
-    Returns:
-        "in_loops": collectives for each iteration of both solves; "loop_bytes": their bytes;
-        "once", "once_bytes": those outside the loops; "branch_bytes": those of them in a branch;
-        "executed", "executed_bytes": of a whole step; "each": [bytes, runs, in a loop] of all.
-    """
-    found = list(found)
-    loops = [c for c in found if c.place in LOOPS]
-    rest = [c for c in found if c.place not in LOOPS]
-    counts = [(c, runs(c, forward, backward)) for c in found]
-    return {
-        "in_loops": len(loops),
-        "loop_bytes": sum(c.bytes for c in loops),
-        "once": len(rest),
-        "once_bytes": sum(c.bytes for c in rest),
-        "branch_bytes": sum(c.bytes for c in rest if c.place == "branch"),
-        "executed": sum(n for _, n in counts),
-        "executed_bytes": sum(c.bytes * n for c, n in counts),
-        "each": [[c.bytes, n, c.place in LOOPS] for c, n in counts],
-    }
+            stays = not where or (where == "branch" and place in LOOPS)
+            yield from _walk(parts, called, place if stays else where)
 
 
 def kernels(text: str) -> Kernels:
