@@ -132,7 +132,7 @@ def plot_bars(
     """
     if not panels:
         return
-    from experiments.report import new_figure
+    from experiments.common.reporting import new_figure
 
     figure, axes = new_figure(2, len(panels), (4 * len(panels), 7))
     for column, (title, rows) in enumerate(panels.items()):

@@ -214,7 +214,7 @@ def _counted(rows: list[dict]) -> str:
 
 def _plot(parts: dict[str, list[dict]], path: Path) -> None:
     """Times of the peers, and time and memory against evaluations and layers."""
-    from experiments.report import new_figure
+    from experiments.common.reporting import new_figure
 
     good = {part: [r for r in rows if "error" not in r] for part, rows in parts.items()}
     good = {part: rows for part, rows in good.items() if rows}
@@ -356,8 +356,8 @@ def _inference(model: Any) -> Callable:
 
     def run(variables, words, targets, memory, key):
         del key
-        nll, reading = model.apply(variables, words, targets, memory, train=False)
-        return _evaluations(reading), 0.0, nll, reading.memory
+        (nll, memory), solution = _apply(model, variables, words, targets, memory, train=False)
+        return _evaluations(solution), 0.0, nll, memory
 
     return run
 
@@ -370,32 +370,40 @@ def _training(model: Any, task: str) -> Callable:
 
     def run(variables, words, targets, memory, key):
         def objective(params, probe):
-            nll, reading = model.apply(
+            (nll, after), solution = _apply(
+                model,
                 {"params": params},
                 words,
                 targets,
                 memory,
                 train=True,
-                probe=probe,
                 rngs={"dropout": key},
+                probe=probe,
             )
             loss = nll.mean()
             if task == "train with JR":
-                loss = loss + PENALTY * deq.frobenius_penalty(*reading.solution.at, key=key)
-            return loss, reading
+                loss = loss + PENALTY * deq.frobenius_penalty(*solution.at, key=key)
+            return loss, (after, solution)
 
         gradient = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
         # What comes out for the probe are the statistics of the backward solve.
         probe = deq.backward_probe(memory.u)
-        (loss, reading), (grads, stats) = gradient(variables["params"], probe)
-        return _evaluations(reading), stats.num_steps, loss, grads, reading.memory
+        (loss, (after, solution)), (grads, stats) = gradient(variables["params"], probe)
+        return _evaluations(solution), stats.num_steps, loss, grads, after
 
     return run
 
 
-def _evaluations(reading: Any) -> Any:
+def _apply(model: Any, *operands: Any, probe: Any = None, **options: Any) -> tuple[Any, Any]:
+    """(nll, memory) and the solution, None of an explicit network."""
+    if not hasattr(model, "solver"):
+        return model.apply(*operands, **options), None
+    return model.apply(*operands, probe=probe, **options)
+
+
+def _evaluations(solution: Any) -> Any:
     """Evaluations of f for every stream; 0 without a solve."""
-    return 0.0 if reading.solution is None else reading.solution.stats.num_steps
+    return 0.0 if solution is None else solution.stats.num_steps
 
 
 def _compare(name: str) -> dict:

@@ -89,22 +89,21 @@ def _measure(request: dict) -> dict[str, dict]:
 
     jax.config.update("jax_num_cpu_devices", 2)
     from deq_jax.training.optim import make_optimizer
-    from deq_jax.training.parallel import make_mesh
-    from deq_jax.training.parallel import place
+    from deq_jax.training.parallel import make_mesh, place
     from deq_jax.training.state import create_state
     from deq_jax.training.step import make_train_step
-    from experiments.image_classification.data import build_data
+    from experiments.image_classification.data import open_data
     from experiments.image_classification.presets import PRESETS
-    from experiments.image_classification.task import ImageTask
+    from experiments.image_classification.task import build_task
 
     mesh = make_mesh()
     runs, memory = [], {}
     for rule in request["rules"]:
         config = _with_flags(PRESETS["digits"], RULES[rule] | {"jac.prob": 1.0})
-        task = ImageTask(config, mesh)
+        task = build_task(config, mesh)
         optimizer = make_optimizer(config.optim, config.train.steps)
         state = create_state(task, optimizer, 0, mesh)
-        batch = place(next(build_data(config)[0]), mesh)
+        batch = place(next(open_data(config).train), mesh)
         step: Any = make_train_step(task, config, optimizer, mesh)
         program = step.lower(state, batch).compile()
         memory[rule] = program.memory_analysis().temp_size_in_bytes / 2**20

@@ -26,33 +26,26 @@ from deq_jax import tree
 from deq_jax.solvers.loop import Settings, iterate
 from deq_jax.training import weights
 from deq_jax.training.optim import make_optimizer
-from deq_jax.training.parallel import make_mesh
-from deq_jax.training.parallel import place
+from deq_jax.training.parallel import make_mesh, place
 from deq_jax.training.state import create_state
+from deq_jax.training.task import forward
 
 TOLERANCE, MOST = 1e-3, 40
 
 
 def _build(name: str) -> tuple[Any, Any, Any]:
     """The configuration and the task of a preset, and its training batches."""
+    from experiments.image_classification import main as images
+    from experiments.language_modeling import main as texts
+
+    main = images if name == "digits" else texts
+    config = main.PRESETS[name]
+    data = main.EXPERIMENT.open_data(config)
     mesh = make_mesh(jax.devices()[:1])
-    if name == "digits":
-        from experiments.image_classification.data import build_data
-        from experiments.image_classification.presets import PRESETS
-        from experiments.image_classification.task import ImageTask
-
-        config = PRESETS["digits"]
-        return config, ImageTask(config, mesh), build_data(config)[0]
-    from experiments.language_modeling.data import build_data as build_text
-    from experiments.language_modeling.presets import PRESETS as TEXTS
-    from experiments.language_modeling.task import LanguageTask
-
-    config = TEXTS["prose"]
-    texts = build_text(config)
-    return config, LanguageTask(config, mesh, len(texts.corpus.vocabulary)), texts.train
+    return config, main.EXPERIMENT.build_task(config, mesh, data), data.train
 
 
-def _capture(task: Any, state: Any, batch: Any, solver: deq.Broyden) -> dict[str, Any]:
+def _capture(task: Any, config: Any, state: Any, batch: Any, solver: deq.Broyden) -> dict[str, Any]:
     """Solves for a batch in evaluation mode: f of z alone, z0, and the loss's cotangent v."""
     box: dict[str, Any] = {}
 
@@ -65,19 +58,20 @@ def _capture(task: Any, state: Any, batch: Any, solver: deq.Broyden) -> dict[str
 
     def loss(delta: Any) -> jax.Array:
         box["delta"] = delta
-        output = task.forward(
-            state.params, state.collections(), batch, key=None, train=False, warmup=False,
-            max_steps=solver.max_steps, probe=None,
-        )  # fmt: skip
-        return output.loss
+        own = _with_solve(task, fixed_point)
+        return forward(own, config, state.params, state.extra, state.carry, batch).loss
 
-    shapes = jax.eval_shape(partial(_start, task, state, batch, solver))
-    task.model = task.model.clone(fixed_point=fixed_point)
+    shapes = jax.eval_shape(partial(_start, task, config, state, batch, solver))
     box["v"] = jax.grad(loss)(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes))
     return box
 
 
-def _start(task: Any, state: Any, batch: Any, solver: deq.Broyden) -> Any:
+def _with_solve(task: Any, fixed_point: Any) -> Any:
+    """The task whose model solves by another `deq.fixed_point`."""
+    return dataclasses.replace(task, model=task.model.clone(fixed_point=fixed_point))
+
+
+def _start(task: Any, config: Any, state: Any, batch: Any, solver: deq.Broyden) -> Any:
     box: list[Any] = []
 
     def fixed_point(f: Any, params: Any, z0: Any, x: Any, **options: Any) -> deq.Solution:
@@ -85,11 +79,8 @@ def _start(task: Any, state: Any, batch: Any, solver: deq.Broyden) -> Any:
         box.append(z0)
         return deq.fixed_point(f, params, z0, x, solver=solver, max_steps=0)
 
-    task.model = task.model.clone(fixed_point=fixed_point)
-    task.forward(
-        state.params, state.collections(), batch, key=None, train=False, warmup=False,
-        max_steps=0, probe=None,
-    )  # fmt: skip
+    own = _with_solve(task, fixed_point)
+    forward(own, config, state.params, state.extra, state.carry, batch)
     return box[0]
 
 
@@ -176,7 +167,7 @@ def main() -> None:
     solver = deq.Broyden(tol=options.tol, max_steps=options.max_steps, memory=options.max_steps)
     rows: list[dict[str, np.ndarray]] = []
     for _ in range(options.batches):
-        box = _capture(task, state, place(next(data), mesh), solver)
+        box = _capture(task, config, state, place(next(data), mesh), solver)
         figures = jax.jit(partial(_measure, box["f"], solver=solver))(box["z0"], box["v"])
         rows.append(jax.tree.map(np.asarray, figures))
     lines = []
