@@ -101,6 +101,7 @@ class Fields:
     Attributes:
       source: the examples.
       names: new name -> name there.
+      reported: places of the corrupt records that were reported on stderr.
 
     Example:
       >>> Fields([{"id": b"a", "digit": 3}], {"label": "digit"})[0]
@@ -109,6 +110,7 @@ class Fields:
 
     source: Source
     names: Mapping[str, str]
+    reported: set[int] = dataclasses.field(default_factory=set, repr=False)
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -163,4 +165,4 @@ def in_memory(source: Source, on_corrupt: OnCorrupt = "stop") -> InMemory:
                     "use the set without in_memory, with an augmentation that resizes"
                 )
             images[i], held[i] = record["image"], record["label"]
-    return InMemory(images, held, name_of(source), unreadable)
+    return InMemory(images, held, name_of(source), unreadable, set(unreadable))
