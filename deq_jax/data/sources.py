@@ -79,7 +79,7 @@ def num_classes(source: Any) -> int | None:
     """The number of classes of an opened set.
 
     Args:
-      source: from `open_tfds`.
+      source: from `open_tfds`, or `deq_jax.data.hub.open_hub`.
 
     Returns:
       What the set's description says of "label"; None if it says nothing.
@@ -89,7 +89,9 @@ def num_classes(source: Any) -> int | None:
       True
     """
     info = getattr(source, "dataset_info", None)
-    if info is None or "label" not in info.features:
+    if info is None:
+        return getattr(source, "num_classes", None)
+    if "label" not in info.features:
         return None
     return getattr(info.features["label"], "num_classes", None)
 

@@ -9,6 +9,9 @@ from deq_jax.training import option, require
 from experiments import trunk
 from experiments.variants import ComparedConfig
 
+HUB = "hf:"
+"""How the name of a set begins that is a `datasets.Dataset`."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(trunk.TrunkConfig):
@@ -42,9 +45,14 @@ class ModelConfig(trunk.TrunkConfig):
 class DataConfig:
     """The image set and what is done to its images."""
 
-    name: str = option("digits", "digits (scikit-learn's 8 x 8 scans), or the name of a TFDS set")
+    name: str = option(
+        "digits",
+        "digits (scikit-learn's 8 x 8 scans), the name of a TFDS set, or hf:NAME: a folder of "
+        "Dataset.save_to_disk, or a set in the cache of Hugging Face's datasets",
+    )
     dir: str = option(
-        "", "folder of TFDS sets; empty for TFDS' own default (~/tensorflow_datasets)",
+        "", "folder of TFDS sets, for hf:NAME of saved sets or of the cache; empty for the "
+        "packages' own defaults (~/tensorflow_datasets, ~/.cache/huggingface)",
         may_change=True,
     )  # fmt: skip
     train_split: str = option("train", "split to train on, as TFDS writes it: train[:90%]")
@@ -73,7 +81,7 @@ class DataConfig:
     eval_batch_size: int = option(120, "examples in an evaluation batch, over all devices")
 
     def __post_init__(self) -> None:
-        require(bool(self.name), "name", "the name of a set", self.name)
+        require(self.name not in ("", HUB), "name", "the name of a set", self.name)
         for name in ("shift", "workers"):
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         for name in ("size", "colors", "eval_batch_size"):

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from deq_jax.data import augment, images, pipeline, sources
+from deq_jax.data import augment, hub, images, pipeline, sources
 from deq_jax.data.records import Reader
 from deq_jax.training import DataIterator, EvalData, UsageError
 from experiments import corrupt
-from experiments.image_classification.config import DataConfig, ImageConfig
+from experiments.image_classification.config import HUB, DataConfig, ImageConfig
 
 # Of the size that the model sees: ImageNet is evaluated on the centre of images of 256.
 RESIZE = 256 / 224
@@ -30,10 +30,9 @@ def build_data(config: ImageConfig) -> tuple[DataIterator, EvalData]:
       the part of this process.
 
     Raises:
-      MissingData: the set is not prepared.
-      ValueError: it has no such split.
-      UsageError: its classes or images are not those of the model; a record cannot be read, which
-        the batches also raise.
+      MissingData: the set is not prepared, or its package is not installed.
+      UsageError: it has no such split, or not the columns of an image set; its classes or images
+        are not those of the model; a record cannot be read, which the batches also raise.
     """
     data, processes = config.data, jax.process_count()
     train, test = (open_set(config, split) for split in (data.train_split, data.eval_split))
@@ -94,16 +93,16 @@ def open_set(config: ImageConfig, split: str) -> Any:
       A source of {"image", "label"}.
 
     Raises:
-      UsageError: its classes or images are not those of the model.
+      MissingData: the set is not prepared, or its package is not installed.
+      UsageError: it has no such split, or not the columns of an image set; its classes or images
+        are not those of the model.
       CorruptRecord: a record that is read here cannot be read.
     """
     data, classes = config.data, config.model.classes
     if data.name == "digits":
         found, source = 10, images.digits("train" if split == "train" else "test")
     else:
-        opened = sources.open_tfds(data.name, split, data.dir)
-        found = sources.num_classes(opened)
-        source = sources.Fields(opened, {"image": "image", "label": "label"})
+        found, source = _open_stored(data, split)
         source = sources.in_memory(source, data.on_corrupt) if data.in_memory else source
     if found not in (None, classes):
         raise UsageError(f"{data.name} has {found} classes; set model.classes, which is {classes}")
@@ -114,6 +113,19 @@ def open_set(config: ImageConfig, split: str) -> Any:
             f"{data.size} and {data.colors}, or data.augment=resized_crop to resize them"
         )
     return source
+
+
+def _open_stored(data: DataConfig, split: str) -> tuple[int | None, Any]:
+    """The number of classes and the examples of a split on disk."""
+    try:
+        if data.name.startswith(HUB):
+            source = hub.open_hub(data.name.removeprefix(HUB), split, data.dir)
+            return source.num_classes, source
+        opened = sources.open_tfds(data.name, split, data.dir)
+    except ValueError as error:  # no such split, no such columns
+        raise UsageError(str(error)) from error
+    fields = sources.Fields(opened, {"image": "image", "label": "label"})
+    return sources.num_classes(opened), fields
 
 
 def build_augment(data: DataConfig) -> pipeline.Augment | None:
