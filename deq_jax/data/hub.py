@@ -129,9 +129,13 @@ def _open(datasets: Any, name: str, data_dir: str) -> Mapping[str, Any]:
         else:
             from datasets.packaged_modules.cache.cache import Cache
 
-            short = name.rsplit("/", 1)[-1]
-            place = {"cache_dir": str(Path(data_dir).expanduser())} if data_dir else {}
-            cache = Cache(dataset_name=short, repo_id=name, version="auto", hash="auto", **place)
+            cache = Cache(
+                cache_dir=str(Path(data_dir).expanduser()) if data_dir else None,
+                dataset_name=name.rsplit("/", 1)[-1],
+                repo_id=name,
+                version="auto",
+                hash="auto",
+            )
             found = cache.as_dataset()
     except Exception as error:  # of datasets, of Arrow, of the file system
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
