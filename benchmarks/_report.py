@@ -71,10 +71,10 @@ def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     Returns:
         The table, ending in a newline.
     """
-    from experiments import report  # it imports JAX, which a measured process does later or never
+    from experiments.common import reporting  # imports JAX, which a measured process does later
 
     full = [[*line, *[""] * (len(columns) - len(line))] for line in lines]
-    return report.table(columns, full)
+    return reporting.table(columns, full)
 
 
 def of_the_best_peer(row: dict, group: Iterable[dict]) -> str:

@@ -133,6 +133,38 @@ def test_command_line_writes_what_init_from_loads(tmp_path, capsys):
         convert.main([str(tmp_path / "weights.npz"), str(out)])
 
 
+def test_safetensors_come_in_and_go_out(tmp_path, capsys):
+    from safetensors.numpy import save_file
+
+    state, tree = written_backwards(model())
+    there, out = tmp_path / "there.safetensors", tmp_path / "out.safetensors"
+    save_file({name: np.asarray(a, order="C") for name, a in state.items()}, there)
+    np.savez(tmp_path / "there.npz", **state)
+    for source, target in ((there, out), (tmp_path / "there.npz", tmp_path / "folder")):
+        convert.main([str(source), str(target)])
+        params, extra = weights.load(target)
+        jax.tree.map(np.testing.assert_array_equal, {"params": params, **extra}, tree)
+    assert f"written to {out}" in capsys.readouterr().out
+    assert '"there.safetensors"' in weights.read_file(out)[1]["source"]
+    with pytest.raises(SystemExit, match="exists already"):
+        convert.main([str(there), str(out)])
+    content = there.read_bytes()
+    there.write_bytes(content[:-5])
+    with pytest.raises(SystemExit, match="cannot be read as safetensors"):
+        convert.main([str(there), str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
+    # As from a pickle: 16-bit floats become float32, other dtypes stay.
+    kinds = {"a": jnp.bfloat16, "b": np.float16, "c": np.float64, "d": np.int64}
+    save_file(
+        {f"module.{name}": np.array([1.5]).astype(kind) for name, kind in kinds.items()}, there
+    )
+    found = read(there)
+    assert {name: a.dtype.name for name, a in found.items()} == {
+        "a": "float32", "b": "float32", "c": "float64", "d": "int64"
+    }  # fmt: skip
+    assert found["a"].tolist() == found["b"].tolist() == [1.5]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from deq_jax.data import pipeline, records
+from deq_jax.data import pipeline, sources
 from deq_jax.data.pipeline import CorruptRecord
 
 
@@ -24,12 +24,6 @@ class Holey:
 
 def jitter(record, rng):
     return {"x": record["x"] + np.float32(rng.uniform(0, 0.5))}
-
-
-@pytest.fixture(autouse=True)
-def forget():
-    """What was told in another test."""
-    records._told.clear()
 
 
 def take(iterator, count):
@@ -139,7 +133,23 @@ def test_an_augmentation_or_a_transform_that_fails_is_the_record_s(capsys):
             next(it)
         it = pipeline.train_iterator(numbers, batch_size=6, seed=0, on_corrupt="skip", **change)
         assert next(it)["corrupt"].sum() == 1
-    assert capsys.readouterr().err.count("record 3 of the source (list)") == 1
+    assert capsys.readouterr().err.count("record 3 of the source (list)") == 2, "by two iterators"
+
+
+def test_a_source_keeps_which_of_its_records_were_reported(capsys):
+    """Many passes over a set report a record once; another set of the same name reports its own."""
+    for bad in ({3}, {3, 5}):
+        source = sources.Fields(Holey(6, bad, "train"), {"x": "x"})
+        for threads in (0, 2):
+            list(pipeline.eval_batches(source, batch_size=3, threads=threads, on_corrupt="skip"))
+        it = pipeline.train_iterator(source, batch_size=6, seed=0, on_corrupt="skip")
+        assert next(it)["corrupt"].sum() == len(bad)
+        it.close()
+        assert source.reported == bad
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" cannot")[0] for line in lines] == [
+        f"record {i} of train" for i in (3, 3, 5)
+    ]
 
 
 @pytest.mark.parametrize("on_corrupt", ["stop", "skip"])

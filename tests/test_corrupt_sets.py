@@ -1,6 +1,5 @@
 """Damaged image sets on disk: in batches, in memory, and in the experiments that read them."""
 
-import gc
 import io
 import re
 
@@ -8,18 +7,11 @@ import numpy as np
 import pytest
 from test_corrupt import Holey, equal, take
 
-from deq_jax.data import images, pipeline, records, segmentation, sources
+from deq_jax.data import images, pipeline, segmentation, sources
 from deq_jax.data.pipeline import CorruptRecord
 from deq_jax.training import UsageError, fields
 
 COUNT, BAD = 14, {2, 4, 9, 11}
-
-
-@pytest.fixture(autouse=True)
-def forget():
-    """What was told in another test, whose iterators have to end first."""
-    gc.collect()
-    records._told.clear()
 
 
 def picture(i):

@@ -39,15 +39,20 @@ TABLE = {
     "nnx": ({"adjoints", "fixed_point", "solvers", "masks", "tree"}, {"jax", "flax"}),
     "testing": (CORE, {"jax", "numpy"}),
     "models": (LAYERS, {"jax", "flax", "numpy"}),
-    "data": (set(), {"numpy", "grain", "absl", "tensorflow_datasets", "sklearn", "PIL"}),
+    "data": (
+        set(),
+        {"numpy", "grain", "absl", "tensorflow_datasets", "sklearn", "PIL", "datasets"},
+    ),
     "training": (
         CORE,
-        {"jax", "flax", "numpy", "optax", "orbax", "absl", "tqdm", "tensorboardX", "matplotlib"},
+        {"jax", "flax", "numpy", "optax", "orbax", "absl", "tqdm", "tensorboardX", "matplotlib"}
+        | {"safetensors"},
     ),
     "convert": ({"training"}, {"numpy", "torch"}),
 }
 # Heavy packages that only the function using them may import.
 LATE = {"grain", "tensorflow_datasets", "sklearn", "PIL", "torch", "matplotlib", "tensorboardX"}
+LATE |= {"datasets", "safetensors"}
 
 
 def parse(path: Path) -> ast.Module:

@@ -1,5 +1,6 @@
 """README.md is true: its Python runs, its commands are those of CI, its files exist."""
 
+import configparser
 import re
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def test_two_commands_set_up_from_nothing():
     fresh = [block for block in blocks("bash") if "git clone" in block]
     assert len(fresh) == 2
     job, tests = (block.replace("\\\n", " ") for block in fresh)
-    assert "-m venv" in job and "experiments.image_classification.main --preset=digits" in job
+    assert "-m venv" in job and 'pip install -e ".[examples]"' in job
+    assert "experiments.image_classification.main --preset=digits" in job
     assert "-m venv" in tests and "-m pytest" in tests
 
 
@@ -41,6 +43,33 @@ def test_ci_runs_the_commands_of_the_readme():
     assert install and command
     assert f"pip {install[1]}\n" in ci
     assert f"python {command[1]} | tee " in ci
+
+
+def test_extras_are_those_of_setup_cfg():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    extras = {
+        name: {line for line in text.split("\n") if line}
+        for name, text in setup["options.extras_require"].items()
+    }
+    parts = set().union(*(extras[name] for name in ("train", "data", "plot", "hub")))
+    assert {line.split(">")[0] for line in extras["examples"] - parts} == {"scikit-learn"}
+    assert parts < extras["examples"] < extras["test"]
+    (table,) = re.findall(r"^\| extra \|.*?\n\n", README, flags=re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == extras.keys() - {
+        "test",
+        "bench",
+    }
+
+
+def test_extras_that_are_named_exist():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    kinds = ("*.md", ".ci/run", "notebooks/*", "deq_jax/**/*.py", "experiments/**/*.py")
+    texts = [p.read_text(encoding="utf-8") for kind in kinds for p in ROOT.glob(kind)]
+    named = re.findall(r"(?:\.|deq_jax)\[([a-z,]+)\]|with its extra (\w+)", "\n".join(texts))
+    extras = set(",".join(",".join(names) for names in named).split(",")) - {""}
+    assert {"examples", "test", "hub"} <= extras <= set(setup["options.extras_require"])
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", README))

@@ -1,6 +1,8 @@
 """Weights from elsewhere: a run's, saved ones; what does not fit is told, damage is refused."""
 
 import dataclasses
+import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,8 @@ import numpy as np
 import pytest
 import training_example as example
 
+from deq_jax import __version__
+from deq_jax.convert import export
 from deq_jax.training import Evaluator, UsageError, parallel, train, weights
 from deq_jax.training.checkpoint import Checkpoints
 
@@ -153,3 +157,148 @@ def test_no_weights_and_damaged_weights_are_refused(first, tmp_path):
     (checkpoint / "files.json").write_text("{")
     with pytest.raises(UsageError, match="its list of files, files.json, is damaged"):
         weights.load(folder)
+
+
+MANY_KINDS = {
+    "stem": {
+        name: np.arange(6).reshape(2, 3).astype(jnp.dtype(name))
+        for name in sorted(weights.DTYPES - {"float32"})
+    },
+    "number": np.float32(1 / 3),
+    "turned": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+    "empty": np.zeros((0, 2), np.float32),
+}
+
+
+def bits(tree):
+    """Name -> dtype, shape and bytes of every array."""
+    return {
+        jax.tree_util.keystr(path): (a.dtype.name, a.shape, np.asarray(a).tobytes())
+        for path, a in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def test_a_file_gives_back_every_bit(tmp_path):
+    path = tmp_path / "new" / "a.safetensors"
+    odd = np.array([np.nan, -0.0, 1e-45, np.inf], np.float32)
+    params, extra = MANY_KINDS | {"odd": odd}, {"batch_stats": {"stem": odd[::-1]}, "seen": odd[0]}
+    weights.save(path, params, extra, {"file": "x"})
+    assert bits(weights.load(path)) == bits((params, extra))
+    arrays, metadata = weights.read_file(path)
+    assert {"params/stem/bfloat16", "batch_stats/stem", "seen"} <= set(arrays)
+    assert metadata["format"] == "flax" and metadata["deq_jax"] == __version__
+    assert json.loads(metadata["source"]) == {"file": "x"}
+
+
+def test_a_run_starts_from_the_file_of_another(first, tmp_path, capsys):
+    folder, state = first
+    path = tmp_path / "first.safetensors"
+    export.main([str(folder), str(path)])
+    assert f"written to {path}: the weights of {folder} after step 2" in capsys.readouterr().out
+    params, extra = weights.load(path)
+    assert bits((params, extra)) == bits(weights.load(folder)) == bits((state.params, state.extra))
+    source = json.loads(weights.read_file(path)[1]["source"])
+    assert (source["run"], source["step"]) == ("run", 2)
+    task, evaluated = example.Regression(TINY), []
+    for number, start in enumerate((folder, path)):
+        settings = dataclasses.replace(TINY.train, steps=0)
+        config = dataclasses.replace(
+            TINY, workdir=str(tmp_path / f"{number}"), train=settings, init_from=str(start)
+        )
+        data, mesh = example.Batches(config.train.batch_size), parallel.make_mesh(jax.devices()[:1])
+        result = train(task, config, data, example.eval_batches, mesh=mesh)
+        evaluated.append((bits(result.state.params), result.evaluation))
+    assert evaluated[0] == evaluated[1]
+    assert f"starting from the weights in {path}" in capsys.readouterr().err
+
+
+def test_export_names_the_settings_of_the_model(tmp_path):
+    host = {"config": {"model": {"width": 7}, "workdir": "elsewhere"}}
+    with Checkpoints(tmp_path / "checkpoints", keep=9, fits=str, say=print) as checkpoints:
+        checkpoints.save(3, {"params": {"a": jnp.ones(3)}}, host)
+    source = weights.export(tmp_path, tmp_path / "a.safetensors")
+    assert source == {"run": tmp_path.name, "step": 3, "model": {"width": 7}}
+
+
+def test_no_file_is_overwritten_nor_half_a_file_left(first, tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"mine")
+    for write in (
+        lambda: weights.save(path, {"a": jnp.ones(2)}, {}, {}),
+        lambda: weights.export(first[0], path),
+    ):
+        with pytest.raises(UsageError, match="exists already; choose another name, nothing is"):
+            write()
+    assert path.read_bytes() == b"mine"
+    with pytest.raises(SystemExit, match=r"wanted the name of a file that ends in \.safetensors"):
+        export.main([str(first[0]), str(tmp_path / "a.npz")])
+    with pytest.raises(UsageError, match="cannot write to .*a.safetensors/b"):
+        weights.save(path / "b.safetensors", {"a": jnp.ones(2)}, {}, {})
+
+    class Full:
+        """A disk that is full when half of a file is written."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, content):
+            self.file.write(content[: len(content) // 2])
+            raise OSError(28, "No space left on device")
+
+    opened = type(path).open
+    monkeypatch.setattr(type(path), "open", lambda self, mode: Full(opened(self, mode)))
+    with pytest.raises(UsageError, match="cannot write to .*: No space left on device"):
+        weights.save(tmp_path / "c.safetensors", {"a": jnp.ones(2)}, {}, {})
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_damaged_and_foreign_files_are_refused_in_words(tmp_path):
+    from safetensors.numpy import save_file
+
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(UsageError, match="a.safetensors, which is no file"):
+        weights.load(path)
+    weights.save(path, {"a": jnp.ones(500)}, {}, {})
+    whole = path.read_bytes()
+    altered = whole[:-1] + bytes([whole[-1] ^ 1])
+    for content in (whole[:-5], whole[:100], b"", b"PK" + whole):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match="cannot be read as safetensors .*copy or export it"):
+            weights.load(path)
+    path.write_bytes(altered)
+    with pytest.raises(UsageError, match=r"were altered: their CRC-32 is \d+, and \d+ was rec"):
+        weights.load(path)
+    for names in (["conv1.weight", "fc.bias"], [], ["params"], ["params/a", "params/a/b"]):
+        save_file({name: np.ones(2) for name in names}, path)
+        with pytest.raises(UsageError, match="wanted the names of a model of deq_jax, params/"):
+            weights.load(path)
+    # Of another program, but under our names.
+    save_file({"params/a/b": np.ones(2), "batch_stats/c": np.ones(1, np.float32)}, path)
+    params, extra = weights.load(path)
+    assert params["a"]["b"].tolist() == [1, 1] and extra["batch_stats"]["c"].tolist() == [1]
+
+
+def test_what_a_file_cannot_hold_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for params, message in (
+        ({"a": [jnp.ones(2)]}, r"array at \['params'\]\['a'\]\[0\]; wanted nested dicts"),
+        ({"a/b": jnp.ones(2)}, "without a slash"),
+        ({"a": jnp.ones(2, jnp.float8_e5m2)}, "params/a of float8_e5m2; wanted one of bfloat16"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            weights.save(path, params, {}, {})
+    assert not path.exists()
+
+
+def test_without_the_package_its_name_is_told(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    for action in (lambda: weights.load(path), lambda: weights.save(path, {}, {}, {})):
+        with pytest.raises(UsageError, match="not installed: pip install safetensors, or .* hub"):
+            action()

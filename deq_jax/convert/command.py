@@ -26,12 +26,14 @@ def parser(model: str) -> argparse.ArgumentParser:
       >>> parser("multiscale DEQ").parse_args(["a.pkl", "out"]).partial
       False
     """
-    result = argparse.ArgumentParser(
-        description=f"Published {model} weights -> --init_from=OUT_DIR"
-    )
+    result = argparse.ArgumentParser(description=f"Published {model} weights -> --init_from=OUT")
     result.set_defaults(model=model)
-    result.add_argument("weights", type=Path, help="PyTorch state dict, or .npz of its arrays")
-    result.add_argument("out_dir", type=Path, help="folder to be written; must not have weights")
+    result.add_argument(
+        "weights", type=Path, help="PyTorch state dict, or .safetensors or .npz of its arrays"
+    )
+    result.add_argument(
+        "out", type=Path, help="folder or FILE.safetensors to be written; must not have weights"
+    )
     result.add_argument(
         "--partial", action="store_true", help="convert what fits, list what is missing or unknown"
     )
@@ -44,7 +46,7 @@ def run(
     settings: Callable[[Converted], Mapping[str, object]],
     hidden: str,
 ) -> None:
-    """Converts a file, writes the folder, and says which model the weights are of.
+    """Converts a file, writes the folder or file, and says which model the weights are of.
 
     Args:
       options: of `parser`.
@@ -66,14 +68,14 @@ def run(
             raise ValueError(f"got no array of a {options.model} in {options.weights}")
         extra = {"batch_stats": converted.batch_stats} if converted.batch_stats else {}
         source = {"file": options.weights.name, "missing": converted.missing}
-        weights.save(options.out_dir, converted.params, extra, source)
+        weights.save(options.out, converted.params, extra, source)
     except ValueError as error:
         sys.exit(str(error))
     for label, names in (("missing", converted.missing), ("unknown", converted.unknown)):
         if names:
             print(f"{label}: {', '.join(names)}")
     count = sum(array.size for array in _arrays(converted.params))
-    print(f"written to {options.out_dir}: {count:,} parameters, of a model with")
+    print(f"written to {options.out}: {count:,} parameters, of a model with")
     for name, value in settings(converted).items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
         print(f"  --model.{name}={text}")

@@ -3,6 +3,9 @@
     python -m deq_jax.convert.mdeq weights.pkl out_dir
     python -m experiments.image_classification.main --preset=imagenet_small --init_from=out_dir
 
+The file is a PyTorch state dict, a .safetensors or an .npz of its arrays; what is written is a
+folder, or one file if the name ends in .safetensors.
+
 Names are those of the published state dicts; what these hold twice, and batch counters, are left
 out.
 """
@@ -197,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
       SystemExit: with a sentence, when the file cannot be converted.
 
     Example:
-      >>> main(["weights.pkl", "out_dir"])  # doctest: +SKIP
+      >>> main(["weights.pkl", "out.safetensors"])  # doctest: +SKIP
     """
     parser = command.parser("multiscale DEQ")
     parser.add_argument(

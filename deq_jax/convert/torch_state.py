@@ -106,13 +106,16 @@ def read(path: Path) -> dict[str, np.ndarray]:
     """Reads a state dict.
 
     Args:
-      path: a file of ``torch.save(model.state_dict(), path)``, or an ``.npz`` of the same names.
+      path: a file of ``torch.save(model.state_dict(), path)``, or an ``.npz`` or ``.safetensors``
+        of the same names.
 
     Returns:
-      name -> array, prefixes of wrappers taken off.
+      name -> array, prefixes of wrappers taken off.  Tensors of 16-bit floats become float32, but
+      for those of an ``.npz``.
 
     Raises:
-      ValueError: no such file, no state dict in it, or PyTorch is needed and not installed.
+      ValueError: no such file, no state dict in it, or PyTorch or safetensors is needed and not
+        installed.
 
     Example:
       >>> import tempfile
@@ -123,8 +126,11 @@ def read(path: Path) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"got {path}, which is no file; wanted a PyTorch state dict or an .npz")
-    state = _read_numpy(path) if path.suffix == ".npz" else _read_torch(path)
+        raise ValueError(
+            f"got {path}, which is no file; wanted a PyTorch state dict, an .npz or a .safetensors"
+        )
+    readers = {".npz": _read_numpy, ".safetensors": _read_safetensors}
+    state = readers.get(path.suffix, _read_torch)(path)
     if isinstance(state, Mapping) and "state_dict" in state:  # a training checkpoint
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not state or not all(map(_is_array, state.values())):
@@ -147,13 +153,21 @@ def _read_numpy(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read as an .npz of arrays: {error}") from error
 
 
+def _read_safetensors(path: Path) -> Any:
+    from deq_jax.training import weights
+
+    arrays, _ = weights.read_file(path)
+    half = ("float16", "bfloat16")
+    return {n: a.astype(np.float32) if a.dtype.name in half else a for n, a in arrays.items()}
+
+
 def _read_torch(path: Path) -> Any:
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(
             f"reading {path} needs PyTorch, which is not installed: pip install torch, or store "
-            "the tensors as an .npz under the same names"
+            "the tensors as a .safetensors or an .npz under the same names"
         ) from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

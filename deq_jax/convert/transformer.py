@@ -1,7 +1,10 @@
 """Published weights of the DEQ-Transformer.
 
-    python -m deq_jax.convert.transformer model_state_dict.pth out_dir
-    python -m experiments.language_modeling.main --preset=wikitext103_jr --init_from=out_dir
+    python -m deq_jax.convert.transformer model_state_dict.pth out.safetensors
+    python -m experiments.language_modeling.main --preset=wikitext103_jr --init_from=out.safetensors
+
+The file is a PyTorch state dict, a .safetensors or an .npz of its arrays; what is written is one
+.safetensors file, or a folder if the name ends otherwise.
 
 Names are those of the published state dicts.  What is tied there stands twice in them, as equal
 arrays, and once in ours.

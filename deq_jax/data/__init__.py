@@ -1,7 +1,8 @@
-"""Data sources and pipelines.  Grain, TFDS, scikit-learn and Pillow are imported where needed."""
+"""Data sources and pipelines.  Grain, TFDS, datasets, scikit-learn and Pillow are imported late."""
 
 from deq_jax.data.augment import Chain, PadCrop, RandomFlip, RandomResizedCrop, ResizeCrop, Then
 from deq_jax.data.corpora import prose, wiki_files, wiki_tfds
+from deq_jax.data.hub import HubImages, open_hub
 from deq_jax.data.images import CIFAR, IMAGENET, InMemory, RandomShift, Standardize, digits
 from deq_jax.data.pipeline import TrainIterator, eval_batches, train_iterator
 from deq_jax.data.records import CorruptRecord, Source
@@ -27,6 +28,7 @@ __all__ = [
     "Corpus",
     "CorruptRecord",
     "Fields",
+    "HubImages",
     "InMemory",
     "Labelled",
     "MissingData",
@@ -49,6 +51,7 @@ __all__ = [
     "eval_segments",
     "in_memory",
     "num_classes",
+    "open_hub",
     "open_tfds",
     "prose",
     "regression",

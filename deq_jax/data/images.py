@@ -24,6 +24,7 @@ class InMemory:
       name: of the set, for messages.
       unreadable: place of a record that could not be read -> that in words; reading it raises
         `CorruptRecord`.  Its image and label hold nothing of worth.
+      reported: places of the corrupt records that were reported on stderr.
 
     Example:
       >>> InMemory(np.zeros((3, 8, 8, 1)), np.arange(3, dtype=np.int32))[1]["label"]
@@ -34,6 +35,7 @@ class InMemory:
     labels: np.ndarray
     name: str = ""
     unreadable: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    reported: set[int] = dataclasses.field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
         """Refuses images and labels that do not belong together."""

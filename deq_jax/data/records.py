@@ -28,9 +28,6 @@ OnCorrupt = Literal["stop", "skip"]
 
 _LONGEST = 200  # characters of a reason
 
-# (source, record) that this process has told of: an evaluation reads the same records every time.
-_told: set[tuple[str | int, int]] = set()
-
 
 class CorruptRecord(UsageError):  # noqa: N818 - named after what was found
     """A record cannot be read, decoded, augmented or transformed; the message says which and why.
@@ -48,7 +45,9 @@ class Source(Protocol):
     """Random access to the examples of a set.
 
     One that reads many examples faster than one by one may have ``__getitems__(list of places)``,
-    as ``tfds.data_source`` has.  One with a ``name`` is called so in messages.
+    as ``tfds.data_source`` has.  One with a ``name`` is called so in messages.  One with a set
+    ``reported`` keeps there which corrupt records were reported, so that many passes over it report
+    each of them once; the sources of this package have one.
     """
 
     def __len__(self) -> int:
@@ -100,8 +99,9 @@ class Reader:
           source: the examples.
           augment: called with the example and a generator.
           transform: applied to every example, after the augmentation.
-          on_corrupt: "stop" raises `CorruptRecord` for what cannot be read; "skip" tells of it on
-            stderr, once in a process, and gives an `Unreadable`.
+          on_corrupt: "stop" raises `CorruptRecord` for what cannot be read; "skip" reports it on
+            stderr and gives an `Unreadable`.  A record is reported once for a source that has a set
+            ``reported``, and once for this reader if the source has none.
 
         Raises:
           ValueError: another value of `on_corrupt`.
@@ -112,6 +112,8 @@ class Reader:
         self.on_corrupt: OnCorrupt = on_corrupt
         self.name = name_of(source) or f"the source ({type(source).__name__})"
         self._augment, self._transform = augment, transform
+        found = reported_of(source)
+        self._reported: set[int] = set() if found is None else found
 
     def one(self, index: int) -> Record | Unreadable:
         """Reads and transforms one example.
@@ -209,13 +211,13 @@ class Reader:
                 raise CorruptRecord(
                     f"{what}; repair the set, or leave such records out with --data.on_corrupt=skip"
                 ) from error
-        self._tell(int(index), what)
+        self._report(int(index), what)
         return Unreadable(what)
 
-    def _tell(self, index: int, what: str) -> None:
-        key = name_of(self.source) or id(self.source), index
-        if key not in _told:
-            _told.add(key)
+    def _report(self, index: int, what: str) -> None:
+        """Writes what is left out to stderr, the first time."""
+        if index not in self._reported:
+            self._reported.add(index)
             sys.stderr.write(f"{what}: left out\n")  # one call: other processes write here too
 
 
@@ -259,6 +261,27 @@ def name_of(source: Any) -> str:
         return name
     inner = getattr(source, "source", None)
     return "" if inner is None else name_of(inner)
+
+
+def reported_of(source: Any) -> set[int] | None:
+    """Which corrupt records of a source were reported.
+
+    Args:
+      source: the examples.
+
+    Returns:
+      The source's set ``reported``, or that of the ``source`` that it wraps; None without one.
+
+    Example:
+      >>> reported_of([]) is None
+      True
+    """
+    while source is not None:
+        found = getattr(source, "reported", None)
+        if isinstance(found, set):
+            return found
+        source = getattr(source, "source", None)
+    return None
 
 
 def check_filled(source: Source) -> None:

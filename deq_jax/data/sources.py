@@ -79,7 +79,7 @@ def num_classes(source: Any) -> int | None:
     """The number of classes of an opened set.
 
     Args:
-      source: from `open_tfds`.
+      source: from `open_tfds`, or `deq_jax.data.hub.open_hub`.
 
     Returns:
       What the set's description says of "label"; None if it says nothing.
@@ -89,7 +89,9 @@ def num_classes(source: Any) -> int | None:
       True
     """
     info = getattr(source, "dataset_info", None)
-    if info is None or "label" not in info.features:
+    if info is None:
+        return getattr(source, "num_classes", None)
+    if "label" not in info.features:
         return None
     return getattr(info.features["label"], "num_classes", None)
 
@@ -101,6 +103,7 @@ class Fields:
     Attributes:
       source: the examples.
       names: new name -> name there.
+      reported: places of the corrupt records that were reported on stderr.
 
     Example:
       >>> Fields([{"id": b"a", "digit": 3}], {"label": "digit"})[0]
@@ -109,6 +112,7 @@ class Fields:
 
     source: Source
     names: Mapping[str, str]
+    reported: set[int] = dataclasses.field(default_factory=set, repr=False)
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -163,4 +167,4 @@ def in_memory(source: Source, on_corrupt: OnCorrupt = "stop") -> InMemory:
                     "use the set without in_memory, with an augmentation that resizes"
                 )
             images[i], held[i] = record["image"], record["label"]
-    return InMemory(images, held, name_of(source), unreadable)
+    return InMemory(images, held, name_of(source), unreadable, set(unreadable))

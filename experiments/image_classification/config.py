@@ -10,6 +10,9 @@ from experiments.common import mdeq
 from experiments.common.compare import ComparedConfig
 from experiments.common.image_data import ImageDataConfig
 
+HUB = "hf:"
+"""How the name of a set begins that is a `datasets.Dataset`."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(mdeq.TrunkConfig):
@@ -43,7 +46,16 @@ class ModelConfig(mdeq.TrunkConfig):
 class DataConfig(ImageDataConfig):
     """The image set and what is done to its images."""
 
-    name: str = option("digits", "digits (scikit-learn's 8 x 8 scans), or the name of a TFDS set")
+    name: str = option(
+        "digits",
+        "digits (scikit-learn's 8 x 8 scans), the name of a TFDS set, or hf:NAME: a folder of "
+        "Dataset.save_to_disk, or a set in the cache of Hugging Face's datasets",
+    )
+    dir: str = option(
+        "", "folder of TFDS sets, for hf:NAME of saved sets or of the cache; empty for the "
+        "packages' own defaults (~/tensorflow_datasets, ~/.cache/huggingface)",
+        may_change=True,
+    )  # fmt: skip
     size: int = option(8, "height and width of the images that the model sees")
     colors: int = option(1, "channels of the images")
     augment: Literal["none", "shift", "crop_flip", "resized_crop"] = option(
@@ -59,7 +71,7 @@ class DataConfig(ImageDataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(bool(self.name), "name", "the name of a set", self.name)
+        require(self.name not in ("", HUB), "name", "the name of a set", self.name)
         require(self.shift >= 0, "shift", "at least 0", self.shift)
         for name in ("size", "colors"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))

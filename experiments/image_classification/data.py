@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from deq_jax.data import augment, images, pipeline, sources
+from deq_jax.data import augment, hub, images, pipeline, sources
 from deq_jax.data.records import Reader
 from deq_jax.training import UsageError
 from experiments.common.image_data import Images, open_images
-from experiments.image_classification.config import DataConfig, ImageConfig
+from experiments.image_classification.config import HUB, DataConfig, ImageConfig
 
 # Of the size that the model sees: ImageNet is evaluated on the centre of images of 256.
 RESIZE = 256 / 224
@@ -24,10 +24,9 @@ def open_data(config: ImageConfig) -> Images:
       Its batches.
 
     Raises:
-      MissingData: the set is not prepared.
-      ValueError: it has no such split.
-      UsageError: its classes or images are not those of the model; a record cannot be read, which
-        the batches also raise.
+      MissingData: the set is not prepared, or its package is not installed.
+      UsageError: it has no such split, or not the columns of an image set; its classes or images
+        are not those of the model; a record cannot be read, which the batches also raise.
     """
     data = config.data
     train, test = (open_set(config, split) for split in (data.train_split, data.eval_split))
@@ -57,16 +56,16 @@ def open_set(config: ImageConfig, split: str) -> Any:
       A source of {"image", "label"}.
 
     Raises:
-      UsageError: its classes or images are not those of the model.
+      MissingData: the set is not prepared, or its package is not installed.
+      UsageError: it has no such split, or not the columns of an image set; its classes or images
+        are not those of the model.
       CorruptRecord: a record that is read here cannot be read.
     """
     data, classes = config.data, config.model.classes
     if data.name == "digits":
         found, source = 10, images.digits("train" if split == "train" else "test")
     else:
-        opened = sources.open_tfds(data.name, split, data.dir)
-        found = sources.num_classes(opened)
-        source = sources.Fields(opened, {"image": "image", "label": "label"})
+        found, source = _open_stored(data, split)
         source = sources.in_memory(source, data.on_corrupt) if data.in_memory else source
     if found not in (None, classes):
         raise UsageError(f"{data.name} has {found} classes; set model.classes, which is {classes}")
@@ -77,6 +76,19 @@ def open_set(config: ImageConfig, split: str) -> Any:
             f"{data.size} and {data.colors}, or data.augment=resized_crop to resize them"
         )
     return source
+
+
+def _open_stored(data: DataConfig, split: str) -> tuple[int | None, Any]:
+    """The number of classes and the examples of a split on disk."""
+    try:
+        if data.name.startswith(HUB):
+            source = hub.open_hub(data.name.removeprefix(HUB), split, data.dir)
+            return source.num_classes, source
+        opened = sources.open_tfds(data.name, split, data.dir)
+    except ValueError as error:  # no such split, no such columns
+        raise UsageError(str(error)) from error
+    fields = sources.Fields(opened, {"image": "image", "label": "label"})
+    return sources.num_classes(opened), fields
 
 
 def build_augment(data: DataConfig) -> pipeline.Augment | None:
