@@ -235,9 +235,9 @@ def test_image_classification_reads_it(folder):
     found = []
     for in_memory in (True, False):
         sets = open_data(config(folder, in_memory=in_memory, statistics="cifar"))
-        found.append(take(batches, 4))
-        batches.close()
-        labels = np.concatenate([batch["label"] for batch in one_pass()])
+        found.append(take(sets.train, 4))
+        sets.train.close()
+        labels = np.concatenate([batch["label"] for batch in sets.eval()])
         assert labels.tolist() == [i % CLASSES for i in range(COUNT, COUNT + 8)]
     equal(*found)
     assert found[0]["image"].shape == (COUNT, 8, 8, 3)
