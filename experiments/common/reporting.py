@@ -22,6 +22,9 @@ NAMES = {"no_jr": "without JR", "jr": "with JR", "model": "model"}
 """Names of the models' folders (`compare.variants`) -> heads of the tables' columns."""
 
 
+Columns = Mapping[str, Mapping[str, Any]]
+"""Name of a model -> its numbers."""
+
 STYLES = {
     "model": {"color": COLORS[1], "marker": "o", "linestyle": "-"},
     "no_jr": {"color": COLORS[0], "marker": "s", "linestyle": "--"},
@@ -48,7 +51,7 @@ def training_numbers(config: Config, result: TrainResult) -> dict[str, float | N
 
     Returns:
       "train_steps" and "backward_steps" (mean number in the last line of training metrics),
-      "seconds_per_step" and "examples_per_second" (medians after the warm-up phase); None for what
+      "seconds_per_step" and "per_second", examples (medians after the warm-up phase); None for what
       was not measured.
     """
     logged = [r for r in result.history if r["kind"] == "train"]
@@ -59,7 +62,7 @@ def training_numbers(config: Config, result: TrainResult) -> dict[str, float | N
         "train_steps": logged[-1].get("fwd_steps") if logged else None,
         "backward_steps": logged[-1].get("bwd_steps") if logged else None,
         "seconds_per_step": 1 / speed if speed else None,
-        "examples_per_second": config.train.batch_size * speed if speed else None,
+        "per_second": config.train.batch_size * speed if speed else None,
     }
 
 
@@ -94,6 +97,72 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = [":" + "-" * (widths[0] - 1)] + ["-" * (w - 1) + ":" for w in widths[1:]]
     return line(header) + line(rule) + "".join(line(row) for row in rows)
+
+
+def row(columns: Columns, label: str, key: str, form: str) -> list[str]:
+    """One row of a table of models.
+
+    Args:
+      columns: name of a model -> its numbers.
+      label: first cell.
+      key: which number.
+      form: as `format` takes it.
+
+    Returns:
+      The cells, "-" for what was not measured; no cell at all if no model has it.
+
+    Example:
+      >>> row({"jr": {"radius": 0.25}, "no_jr": {}}, "radius", "radius", ".1f")
+      ['radius', '0.2', '-']
+    """
+    cells = [numbers.get(key) for numbers in columns.values()]
+    if all(cell is None for cell in cells):
+        return []
+    return [label, *("-" if cell is None else format(cell, form) for cell in cells)]
+
+
+def cost_rows(columns: Columns, unit: str) -> list[list[str]]:
+    """The rows that end every table: stability of the solves, and what training cost.
+
+    Args:
+      columns: name of a model -> its numbers, those of `training_numbers` among them.
+      unit: plural of what "per_second" counts.
+
+    Returns:
+      Rows, also empty ones.
+    """
+    return [
+        row(columns, "spectral radius of df/dz", "spectral_radius", ".2f"),
+        row(columns, "penalty", "penalty", ".4f"),
+        row(columns, "steps forward in training (NFE)", "train_steps", ".1f"),
+        row(columns, "steps backward in training", "backward_steps", ".1f"),
+        row(columns, "seconds per training step", "seconds_per_step", ".4f"),
+        row(columns, f"{unit} per second in training", "per_second", ",.0f"),
+    ]
+
+
+def at_steps(budget: int) -> str:
+    """A budget in words.
+
+    Example:
+      >>> at_steps(1), at_steps(2)
+      ('at 1 step', 'at 2 steps')
+    """
+    return f"at {budget} step{'s' * (budget != 1)}"
+
+
+def table_of(columns: Columns, head: str, rows: Sequence[Sequence[str]]) -> str:
+    """A table with a column for each model.
+
+    Args:
+      columns: name of a model -> its numbers.
+      head: of the first column.
+      rows: from `row`; empty ones are left out.
+
+    Returns:
+      The table, see `table`.
+    """
+    return table([head, *(NAMES[name] for name in columns)], [r for r in rows if r])
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
@@ -144,6 +213,47 @@ def draw_history(
     values = [factor * r[metric] for r in records]
     style = STYLES[name] | {"markersize": 3}
     axis.plot([r["step"] for r in records], values, label=NAMES[name], **style)
+
+
+def draw_budgets(axis: Any, config: Config, columns: Columns, key: str, factor: float = 1) -> None:
+    """Draws a measure against the number of solver steps.
+
+    Args:
+      axis: where.
+      config: the evaluation's budgets and training's are read.
+      columns: name of a model -> its numbers.
+      key: of the measure, budget -> value.
+      factor: what it is multiplied by.
+    """
+    for name, numbers in columns.items():
+        budgets = sorted(numbers[key])
+        values = [factor * numbers[key][b] for b in budgets]
+        axis.plot(budgets, values, label=NAMES[name], **STYLES[name])
+    axis.set(xlabel="solver steps (evaluations of f)", xscale="log")
+    axis.set_xticks(config.eval_budgets, [str(b) for b in config.eval_budgets])
+    axis.minorticks_off()
+    axis.axvline(config.solver.max_steps, color="0.4", linewidth=1, linestyle=":")
+    axis.annotate(
+        "budget in training ", (config.solver.max_steps, 0.02), ha="right", fontsize=8, color="0.3",
+        xycoords=("data", "axes fraction"),
+    )  # fmt: skip
+
+
+def draw_radius(axis: Any, trained: Mapping[str, Trained]) -> None:
+    """Draws the spectral radius over training."""
+    for name, model in trained.items():
+        draw_history(axis, name, model.result.history, "eval", "spectral_radius")
+    axis.axhline(1, color="0.4", linewidth=1, linestyle=":")
+    axis.set(xlabel="training step", ylabel="spectral radius of df/dz at z*")
+    axis.set_ylim(bottom=0)
+    axis.set_title("Stability over training")
+
+
+def label_residual(axis: Any, config: Config) -> None:
+    """Labels an axis of residuals, and marks the tolerance."""
+    axis.axhline(config.solver.tol, color="0.4", linewidth=1, linestyle=":", label="tolerance")
+    axis.set(yscale="log")
+    axis.set_ylabel("relative residual" if config.solver.stop == "rel" else "residual")
 
 
 def show(text: str) -> None:

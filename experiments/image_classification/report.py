@@ -125,22 +125,16 @@ def make_table(config: ImageConfig, columns: Mapping[str, Mapping[str, Any]]) ->
     """
     limit, tol = config.eval_steps, config.solver.tol
 
-    def row(label: str, key: str, form: str) -> list[str]:
-        cells = [c.get(key) for c in columns.values()]
-        if all(cell is None for cell in cells):
-            return []
-        return [label, *("-" if c is None else format(c, form) for c in cells)]
-
     def steps(label: str, key: str) -> list[str]:
         cells = [c.get(key, math.inf) for c in columns.values()]
         return [label, *(f"{c:.0f}" if np.isfinite(c) else f"> {limit}" for c in cells)]
 
     solves = all("steps_median" in c for c in columns.values())
-    rows = [row("accuracy", "converged_accuracy", ".1%")]
+    rows = [reporting.row(columns, "accuracy", "converged_accuracy", ".1%")]
     if solves:
         rows = [
             [
-                f"accuracy at {b} step{'s' * (b > 1)}",
+                f"accuracy {reporting.at_steps(b)}",
                 *(f"{c['accuracy'][b]:.1%}" for c in columns.values()),
             ]
             for b in config.eval_budgets
@@ -148,16 +142,11 @@ def make_table(config: ImageConfig, columns: Mapping[str, Mapping[str, Any]]) ->
         rows += [steps(f"steps to {tol:g}, median image", "steps_median")]
         rows += [steps(f"steps to {tol:g}, 9 in 10 images", "steps_90")]
     rows += [
-        row(f"not at {tol:g} in {limit} steps", "unconverged", ".1%"),
-        row("top-5 accuracy", "top5", ".1%"),
-        row("spectral radius of df/dz", "spectral_radius", ".2f"),
-        row("penalty", "penalty", ".4f"),
-        row("steps forward in training (NFE)", "train_steps", ".1f"),
-        row("steps backward in training", "backward_steps", ".1f"),
-        row("seconds per training step", "seconds_per_step", ".4f"),
-        row("images per second in training", "examples_per_second", ".0f"),
+        reporting.row(columns, f"not at {tol:g} in {limit} steps", "unconverged", ".1%"),
+        reporting.row(columns, "top-5 accuracy", "top5", ".1%"),
+        *reporting.cost_rows(columns, "images"),
     ]
-    text = reporting.table(["test set", *(NAMES[n] for n in columns)], [r for r in rows if r])
+    text = reporting.table_of(columns, "test set", rows)
     return text + (_explain(config, len(columns) > 1) if solves else "")
 
 
@@ -203,45 +192,21 @@ def draw(
         history = model.result.history
         reporting.draw_history(axes[0], name, history, "train", "loss")
         if solves:
-            budgets = sorted(columns[name]["accuracy"])
-            values = [100 * columns[name]["accuracy"][b] for b in budgets]
-            axes[1].plot(budgets, values, label=NAMES[name], **STYLES[name])
             _draw_traces(axes[2], name, traces[name])
-            reporting.draw_history(axes[3], name, history, "eval", "spectral_radius")
         else:
             reporting.draw_history(axes[1], name, history, "eval", "accuracy", 100)
-    axes[0].set(xlabel="training step", ylabel="cross-entropy", yscale="log")
-    axes[0].set_title("Training loss")
+    axes[0].set(xlabel="training step", ylabel="cross-entropy", yscale="log", title="Training loss")
+    axes[1].set(xlabel="training step", ylabel="test accuracy, %", title="Accuracy")
     if solves:
-        _label_solves(axes, config)
-    else:
-        axes[1].set(xlabel="training step", ylabel="test accuracy, %")
-        axes[1].set_title("Accuracy")
+        reporting.draw_budgets(axes[1], config, columns, "accuracy", 100)
+        axes[1].set_title("Accuracy when stopped early")
+        reporting.label_residual(axes[2], config)
+        axes[2].set(xlabel="solver steps (evaluations of f)")
+        axes[2].set_title("Residual: median image, and 1st to 9th decile")
+        reporting.draw_radius(axes[3], trained)
     for axis in axes:
         axis.legend(frameon=False)
     reporting.save(figure, path)
-
-
-def _label_solves(axes: Any, config: ImageConfig) -> None:
-    _, accuracy, residual, radius = axes
-    accuracy.set(xlabel="solver steps (evaluations of f)", ylabel="test accuracy, %", xscale="log")
-    accuracy.set_xticks(config.eval_budgets, [str(b) for b in config.eval_budgets])
-    accuracy.minorticks_off()
-    accuracy.axvline(config.solver.max_steps, color="0.4", linewidth=1, linestyle=":")
-    accuracy.annotate(
-        "budget in training ", (config.solver.max_steps, 0.02), ha="right", fontsize=8, color="0.3",
-        xycoords=("data", "axes fraction"),
-    )  # fmt: skip
-    accuracy.set_title("Accuracy when stopped early")
-    residual.axhline(config.solver.tol, color="0.4", linewidth=1, linestyle=":")
-    residual.annotate("tolerance", (1, config.solver.tol), va="bottom", fontsize=8, color="0.3")
-    residual.set(xlabel="solver steps (evaluations of f)", yscale="log")
-    residual.set_ylabel("relative residual" if config.solver.stop == "rel" else "residual")
-    residual.set_title("Residual: median image, and 1st to 9th decile")
-    radius.axhline(1, color="0.4", linewidth=1, linestyle=":")
-    radius.set(xlabel="training step", ylabel="spectral radius of df/dz at z*")
-    radius.set_ylim(bottom=0)
-    radius.set_title("Stability over training")
 
 
 def _draw_traces(axis: Any, name: str, traces: np.ndarray) -> None:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from deq_jax.data.text import unigram_perplexity
 from deq_jax.training import Batch, EvalData, Evaluator, distributed
 from experiments.common import reporting
-from experiments.common.reporting import NAMES, STYLES, Trained
+from experiments.common.reporting import NAMES, Trained
 from experiments.language_modeling.config import LanguageConfig
 from experiments.language_modeling.data import Texts
 
@@ -27,8 +27,8 @@ def measure(config: LanguageConfig, model: Trained, texts: Texts, mesh: Mesh) ->
       mesh: the devices.
 
     Returns:
-      "valid" and "test" (budget -> perplexity), `experiments.report.training_numbers`,
-      "tokens_per_second", and of an equilibrium "steps", "unconverged" (share), "residual",
+      "valid" and "test" (budget -> perplexity), `reporting.training_numbers` with words
+      "per_second", and of an equilibrium "steps", "unconverged" (share), "residual",
       "spectral_radius", "penalty", at the largest budget on the validation text.
     """
     task, state = model.task, model.result.state
@@ -39,11 +39,11 @@ def measure(config: LanguageConfig, model: Trained, texts: Texts, mesh: Mesh) ->
     )
     main = valid[config.eval_steps]
     numbers = reporting.training_numbers(config, model.result)
-    rate = numbers["examples_per_second"]
+    rate = numbers["per_second"]  # of segments
     return numbers | {
         "valid": {budget: values["perplexity"] for budget, values in valid.items()},
         "test": {budget: values["perplexity"] for budget, values in test.items()},
-        "tokens_per_second": None if rate is None else rate * config.data.length,
+        "per_second": None if rate is None else rate * config.data.length,
         "steps": main.get("fwd_steps"),
         "unconverged": main.get("unconverged"),
         "residual": main.get("fwd_residual"),
@@ -117,37 +117,21 @@ def make_table(
     Returns:
       A Markdown table.
     """
-    solves = config.model.name == "deq"
-
-    def row(label: str, key: str, form: str) -> list[str]:
-        cells = [c[key] for c in columns.values()]
-        if all(cell is None for cell in cells):
-            return []
-        return [label, *("-" if c is None else format(c, form) for c in cells)]
-
+    solves, limit, tol = config.model.name == "deq", config.eval_steps, config.solver.tol
     rows = []
     for split, name in (("valid", "validation"), ("test", "test")):
         rows.append([f"unigram perplexity, {name}", *(f"{unigram[split]:.1f}" for _ in columns)])
-        for budget in config.eval_budgets if solves else (config.eval_steps,):
-            at = f" at {budget} step{'s' * (budget > 1)}" if solves else ""
+        for budget in config.eval_budgets if solves else (limit,):
+            at = f" {reporting.at_steps(budget)}" if solves else ""
             cells = [f"{c[split][budget]:.1f}" for c in columns.values()]
             rows.append([f"{name} perplexity{at}", *cells])
-    if solves:
-        limit = config.eval_steps
-        rows += [
-            row(f"steps to {config.solver.tol:g}, at most {limit}", "steps", ".1f"),
-            row(f"not at {config.solver.tol:g} in {limit} steps", "unconverged", ".1%"),
-            row(f"residual after at most {limit} steps", "residual", ".2e"),
-            row("spectral radius of df/dz", "spectral_radius", ".2f"),
-            row("penalty", "penalty", ".4f"),
-            row("steps forward in training (NFE)", "train_steps", ".1f"),
-            row("steps backward in training", "backward_steps", ".1f"),
-        ]
     rows += [
-        row("seconds per training step", "seconds_per_step", ".4f"),
-        row("words per second in training", "tokens_per_second", ",.0f"),
+        reporting.row(columns, f"steps to {tol:g}, at most {limit}", "steps", ".1f"),
+        reporting.row(columns, f"not at {tol:g} in {limit} steps", "unconverged", ".1%"),
+        reporting.row(columns, f"residual after at most {limit} steps", "residual", ".2e"),
+        *reporting.cost_rows(columns, "words"),
     ]
-    return reporting.table(["text", *(NAMES[n] for n in columns)], [r for r in rows if r])
+    return reporting.table_of(columns, "text", rows)
 
 
 def over_training(trained: Mapping[str, Trained]) -> str:
@@ -207,37 +191,21 @@ def draw(
         history = model.result.history
         reporting.draw_history(axes[0], name, history, "train", "perplexity")
         if solves:
-            budgets = sorted(columns[name]["valid"])
-            values = [columns[name]["valid"][b] for b in budgets]
-            axes[1].plot(budgets, values, label=NAMES[name], **STYLES[name])
             reporting.draw_history(axes[2], name, history, "train", "fwd_residual")
-            reporting.draw_history(axes[3], name, history, "eval", "spectral_radius")
         else:
             reporting.draw_history(axes[1], name, history, "eval", "perplexity")
-    axes[0].set(xlabel="training step", ylabel="perplexity", yscale="log")
+    axes[0].set(xlabel="training step", ylabel="perplexity", yscale="log", title="Training")
     axes[0].axhline(unigram, color="0.4", linewidth=1, linestyle=":", label="unigram, validation")
-    axes[0].set_title("Training")
-    axes[1].set(ylabel="validation perplexity")
+    axes[1].set(xlabel="training step", ylabel="validation perplexity", title="Validation")
+    if solves:
+        reporting.draw_budgets(axes[1], config, columns, "valid")
+        axes[1].set_title("Perplexity when stopped early")
+        reporting.label_residual(axes[2], config)
+        axes[2].set(xlabel="training step", title="Residual at the end of a solve")
+        reporting.draw_radius(axes[3], trained)
     low, high = axes[1].get_ylim()
     if high > 3 * max(low, 1):  # a model that blows up when it is stopped early
         axes[1].set_yscale("log")
-    if solves:
-        _label_solves(axes, config)
-    else:
-        axes[1].set(xlabel="training step", title="Validation")
     for axis in axes:
         axis.legend(frameon=False)
     reporting.save(figure, path)
-
-
-def _label_solves(axes: Any, config: LanguageConfig) -> None:
-    _, stopped, residual, radius = axes
-    stopped.set(xlabel="solver steps (evaluations of f)", title="Perplexity when stopped early")
-    stopped.set_xticks(config.eval_budgets, [str(b) for b in config.eval_budgets])
-    residual.axhline(config.solver.tol, color="0.4", linewidth=1, linestyle=":", label="tolerance")
-    residual.set(xlabel="training step", yscale="log", title="Residual at the end of a solve")
-    residual.set_ylabel("relative residual" if config.solver.stop == "rel" else "residual")
-    radius.axhline(1, color="0.4", linewidth=1, linestyle=":")
-    radius.set(xlabel="training step", ylabel="spectral radius of df/dz at z*")
-    radius.set_ylim(bottom=0)
-    radius.set_title("Stability over training")

@@ -86,38 +86,28 @@ def make_table(config: SegmentationConfig, columns: Mapping[str, Mapping[str, An
     Returns:
       A Markdown table with its explanation.
     """
-    limit = config.eval_steps
+    at = reporting.at_steps(config.eval_steps)
 
-    def row(label: str, values: Sequence[float | None], form: str) -> list[str]:
-        return [label, *("-" if v is None else format(v, form) for v in values)]
-
-    def simple(label: str, key: str, form: str) -> list[str]:
-        return row(label, [c[key] for c in columns.values()], form)
-
-    def plural(budget: int) -> str:
-        return f"{budget} step{'s' * (budget > 1)}"
+    def shares(label: str, values: Sequence[float | None]) -> list[str]:
+        return [label, *("-" if v is None else f"{v:.1%}" for v in values)]
 
     rows = [
-        row(f"mIoU at {plural(b)}", [c["miou"][b] for c in columns.values()], ".1%")
+        shares(f"mIoU {reporting.at_steps(b)}", [c["miou"][b] for c in columns.values()])
         for b in config.eval_budgets
     ]
-    rows.append(simple(f"pixel accuracy at {plural(limit)}", "accuracy", ".1%"))
+    rows.append(shares(f"pixel accuracy {at}", [c["accuracy"] for c in columns.values()]))
     for name in next(iter(columns.values()))["iou"]:
-        rows.append(row(f"IoU {name}", [c["iou"][name] for c in columns.values()], ".1%"))
+        rows.append(shares(f"IoU {name}", [c["iou"][name] for c in columns.values()]))
+    missed = f"not at {config.solver.tol:g} in {config.eval_steps} steps"
     rows += [
-        simple("steps forward in evaluation (NFE)", "steps", ".1f"),
-        simple(f"not at {config.solver.tol:g} in {plural(limit)}", "unconverged", ".1%"),
-        simple("spectral radius of df/dz", "spectral_radius", ".2f"),
-        simple("penalty", "penalty", ".4f"),
-        simple("steps forward in training (NFE)", "train_steps", ".1f"),
-        simple("steps backward in training", "backward_steps", ".1f"),
-        simple("seconds per training step", "seconds_per_step", ".3f"),
-        simple("images per second in training", "examples_per_second", ".1f"),
+        reporting.row(columns, "steps forward in evaluation (NFE)", "steps", ".1f"),
+        reporting.row(columns, missed, "unconverged", ".1%"),
+        *reporting.cost_rows(columns, "images"),
     ]
     part = config.data
-    text = reporting.table([f"{part.name}, {part.eval_split}", *(NAMES[n] for n in columns)], rows)
+    text = reporting.table_of(columns, f"{part.name}, {part.eval_split}", rows)
     text += (
-        f"\nA step is one evaluation of f.  IoU of the classes at {plural(limit)}; mIoU is their "
+        f"\nA step is one evaluation of f.  IoU of the classes {at}; mIoU is their "
         "mean, over the pixels\nof the whole set at once.  Penalty: norm(df/dz)_F^2 / number of "
         "elements of z."
     )
