@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,12 @@ def test_missing_sets_are_told_with_the_command(prepared, tmp_path):
         sources.open_tfds("nowhere", "train", str(tmp_path))
     with pytest.raises(ValueError, match=r"got split 'valid' of shapes; wanted one of \['train"):
         sources.open_tfds("shapes", "valid", str(prepared))
+
+
+def test_a_missing_package_is_told_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(sources.MissingData, match="not installed: pip install tensorflow-datasets"):
+        sources.open_tfds("shapes", "train")
 
 
 def test_a_set_in_another_format_is_told(prepared, tmp_path):

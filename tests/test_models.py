@@ -291,7 +291,7 @@ def test_every_model_and_cell_is_exported():
 
 
 def test_sources_are_exported_and_import_light():
-    heavy = "grain tensorflow_datasets tensorflow sklearn PIL"
+    heavy = "grain tensorflow_datasets tensorflow datasets sklearn PIL"
     code = (
         "import sys, deq_jax.data as data\n"
         "assert all(hasattr(data, name) for name in data.__all__)\n"

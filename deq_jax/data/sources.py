@@ -44,14 +44,20 @@ def open_tfds(name: str, split: str, data_dir: str = "") -> Any:
       A ``tfds`` data source: random access to dicts of numbers, arrays and bytes.
 
     Raises:
-      MissingData: the set is not there, or not in ArrayRecord format; the message has the command.
+      MissingData: the set is not there, or not in ArrayRecord format, or the package is not
+        installed; the message has the command.
       ValueError: the set has no such split.
 
     Example:
       >>> train = open_tfds("cifar10", "train", "~/data")  # doctest: +SKIP
     """
-    import tensorflow_datasets as tfds
-
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError:
+        raise MissingData(
+            f"the data set {name} needs the package tensorflow-datasets, which is not installed: "
+            "pip install tensorflow-datasets array_record, or deq_jax with its extra data"
+        ) from None
     default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     folder = Path(data_dir or default).expanduser()
     command = f"tfds build {name} --file_format=array_record --data_dir={folder}"
