@@ -316,8 +316,8 @@ class Config:
     )
     init_from: str = option(
         "",
-        "folder whose weights a new run starts from: the workdir of a trained model, or what "
-        "python -m deq_jax.convert.mdeq or .transformer wrote; empty for random weights",
+        "weights that a new run starts from: the workdir of a trained model, or a folder or "
+        ".safetensors file of deq_jax.convert; empty for random weights",
     )
     diagnose: bool = option(
         False, "instead of training, diagnose the model in workdir, in init_from, or at its "

@@ -4,7 +4,7 @@
     python -m experiments.image_classification.main --preset=cifar10_large_jr --data.dir=DIR
 
 The workdir gets results.md, results.json and results.png, and a folder for each model (jr and no_jr
-under --compare, else model) with its checkpoints and metrics.  --init_from=FOLDER starts from the
+under --compare, else model) with its checkpoints and metrics.  --init_from=PATH starts from the
 weights of another run, or from converted ones (deq_jax.convert.mdeq).
 """
 

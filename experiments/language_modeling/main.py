@@ -6,7 +6,7 @@ r"""Trains a language model, with and without Jacobian regularisation where that
     python -m experiments.language_modeling.main --preset=wikitext2_small --data.dir=DIR
 
 The workdir gets results.md, results.json and results.png, and a folder for each model (jr and no_jr
-under --compare, else model) with its checkpoints and metrics.  --init_from=FOLDER starts from the
+under --compare, else model) with its checkpoints and metrics.  --init_from=PATH starts from the
 weights of another run, or from converted ones (deq_jax.convert.transformer).
 """
 
