@@ -76,7 +76,7 @@ def create_state(
     """
     shapes = abstract_state(task, optimizer, mesh, shard_above=shard_above)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    return jax.jit(_initializer(task, optimizer), out_shardings=shardings)(split_seed(seed)[0])
+    return once(_initializer(task, optimizer), mesh, shardings)(split_seed(seed)[0])
 
 
 def abstract_state(
@@ -121,6 +121,31 @@ def abstract_state(
         extra=place(shapes.extra, lambda _: replicated(mesh)),
         carry=place(shapes.carry, lambda _: batch_sharding(mesh)),
     )
+
+
+def once(function: Callable[..., Any], mesh: Mesh, out_shardings: Any) -> Callable[..., Any]:
+    """`jax.jit` of a function that runs once, such as the draw of initial weights.
+
+    On a CPU its code is not optimised: for the weights of a small MDEQ the compiler would take a
+    minute, for code that runs for milliseconds.
+
+    Args:
+      function: pure.
+      mesh: the devices.
+      out_shardings: where the results live.
+
+    Returns:
+      The compiled function.
+
+    Example:
+      >>> from deq_jax.training.parallel import make_mesh
+      >>> mesh = make_mesh()
+      >>> float(once(jnp.square, mesh, replicated(mesh))(3.0))
+      9.0
+    """
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    options: Any = {"xla_backend_optimization_level": 0} if is_cpu else None
+    return jax.jit(function, out_shardings=out_shardings, compiler_options=options)
 
 
 def _initializer(task: Task, optimizer: optax.GradientTransformation) -> Any:

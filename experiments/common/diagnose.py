@@ -18,7 +18,7 @@ from deq_jax.solvers import Solution
 from deq_jax.training import Config, DataIterator, Task, UsageError, weights
 from deq_jax.training.checkpoint import saved_steps
 from deq_jax.training.parallel import batch_sharding, place, replicated, split_leaves
-from deq_jax.training.state import split_seed
+from deq_jax.training.state import once, split_seed
 from deq_jax.training.task import forward, has_solver, init
 
 EXAMPLES = 16
@@ -84,7 +84,7 @@ def load(config: Config, task: Task, mesh: Mesh) -> tuple[Any, Any, str]:
     folder = Path(config.workdir)
     if not saved_steps(folder / "checkpoints"):
         key = split_seed(config.train.seed)[0]
-        params, extra = jax.jit(partial(init, task), out_shardings=replicated(mesh))(key)
+        params, extra = once(partial(init, task), mesh, replicated(mesh))(key)
         if not config.init_from:
             return params, extra, f"at its initial weights (no checkpoint in {folder})"
         loaded = weights.load(Path(config.init_from))
