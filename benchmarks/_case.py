@@ -35,7 +35,7 @@ def measured(module: str, case: dict, repeats: int) -> dict:
         The case and its measurements, or the case and "error".
     """
     row = case | in_process(module, {"case": case, "repeats": repeats})
-    shown = row.get("error") or "{ms:.1f} ms, {peak_mb:.0f} MB".format(**row)
+    shown = "{ms:.1f} ms, {peak_mb:.0f} MB".format(**row) if "ms" in row else row["error"]
     print(f"{' '.join(map(str, case.values()))}: {shown}", file=sys.stderr, flush=True)
     return row
 

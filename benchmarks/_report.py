@@ -66,7 +66,7 @@ def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
     Args:
         columns: their names.
-        lines: cells; a line that is too short ends in empty cells, as that of a failed case.
+        lines: cells; the short line of a failed case ends in empty cells.
 
     Returns:
         The table, ending in a newline.

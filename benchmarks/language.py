@@ -190,7 +190,7 @@ def _cells(part: str, row: dict, group: list[dict]) -> list[str]:
     names = ("task", "library", "form") if part == "peers" else ("network", "depth")
     label = [str(row[name]) for name in names]
     if "error" in row:
-        return [*label, f"failed: {row['error']}"]
+        return [*label, "failed"]
     cells = [f"{row['ms']:,.1f}", f"{row['tokens_s']:,.0f}", f"{row['peak_mb']:,.0f}"]
     return [*label, *cells, *([of_the_best_peer(row, group)] if part == "peers" else [])]
 

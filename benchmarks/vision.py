@@ -189,7 +189,7 @@ def tables(rows: list[dict]) -> str:
         for row in group:
             label = [row["task"], row["model"], row["library"], row["form"]]
             if "error" in row:
-                lines.append([*label, f"failed: {row['error']}"])
+                lines.append([*label, "failed"])
                 continue
             each = f"{row['ms'] / images:,.1f}"
             cells = [f"{row['ms']:,.1f}", each, f"{row['peak_mb']:,.0f}"]
