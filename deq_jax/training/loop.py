@@ -102,7 +102,8 @@ def train(
         run = _Run(
             task, config, train_data, evaluator, mesh, folder, console, checkpoints, summarize
         )
-        evaluation = run.to_the_end(stop)
+        with run.writer:
+            evaluation = run.to_the_end(stop)
         distributed.barrier("trained")  # process 0 has written all that the others read now
         return TrainResult(run.state, evaluation, read_history(folder))
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-import struct
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,7 +39,7 @@ class MetricWriter:
 
     A resumed run first cuts off what an earlier attempt wrote beyond the step it resumes from, so
     that every step appears once.  A record that cannot be written (disk full) is kept and written
-    together with the next one.
+    together with the next one.  Use it in a `with` statement, or close it.
     """
 
     def __init__(
@@ -58,7 +58,8 @@ class MetricWriter:
           say: called with a sentence when something cannot be written.
           enabled: False on all processes but one: nothing is opened or written.
         """
-        self._say, self._enabled = say, enabled
+        self._say = say
+        self._events: _EventFile | None = None
         if not enabled:
             return
         self._path = Path(workdir) / HISTORY
@@ -68,6 +69,17 @@ class MetricWriter:
         whole.write_bytes(b"".join(_line(record) for record in kept))
         os.replace(whole, self._path)
         self._events = _EventFile(workdir, step, say)
+
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the event file; nothing may be written after it."""
+        if self._events is not None:
+            self._events.close()
 
     def write(
         self, kind: str, step: int, values: Mapping[str, float], *, budget: int | None = None
@@ -80,7 +92,7 @@ class MetricWriter:
           values: name -> number.
           budget: the solver budget of an evaluation.
         """
-        if not self._enabled:
+        if self._events is None:
             return
         tags = {} if budget is None else {"budget": budget}
         self._unsaved.append(_line({"kind": kind, "step": step, **tags, **values}))
@@ -114,17 +126,19 @@ def _append(path: Path, data: bytes) -> None:
 class _EventFile:
     """A TensorBoard file, written in the calling thread.
 
-    The usual SummaryWriter writes from a thread of its own, where a full disk ends in a traceback
-    that nobody can catch.
+    SummaryWriter writes from a thread of its own, where nobody can catch the error of a full disk.
+    Its EventsWriter names files by the second, and so overwrites that of a run started just before.
     """
 
     def __init__(
         self, workdir: str | os.PathLike[str], step: int, say: Callable[[str], None]
     ) -> None:
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+        from tensorboardX.record_writer import RecordWriter
 
         self._say, self._event = say, Event
-        self._path: Path | None = Path(workdir) / f"events.out.tfevents.{time.time_ns()}"
+        path = Path(workdir) / f"events.out.tfevents.{time.time_ns()}"
+        self._records: RecordWriter | None = RecordWriter(str(path))
         first = [Event(wall_time=time.time(), file_version="brain.Event:2")]
         if step:  # TensorBoard forgets what older files hold from here on
             start = SessionLog(status=SessionLog.START)
@@ -144,18 +158,18 @@ class _EventFile:
         )
 
     def _put(self, events: list[Any]) -> None:
-        from tensorboardX.record_writer import masked_crc32c
-
-        if self._path is None:
+        if self._records is None:
             return
-        parts = []
-        for event in events:  # the TFRecord frame: length, its checksum, data, its checksum
-            data = event.SerializeToString()
-            length = struct.pack("<Q", len(data))
-            parts += [length, struct.pack("<I", masked_crc32c(length))]
-            parts += [data, struct.pack("<I", masked_crc32c(data))]
         try:
-            _append(self._path, b"".join(parts))
+            for event in events:
+                self._records.write(event.SerializeToString())
+            self._records.flush()
         except OSError as error:
-            self._path = None
             self._say(f"no more TensorBoard events are written: {error.strerror}")
+            self.close()
+
+    def close(self) -> None:
+        if self._records is not None:
+            with contextlib.suppress(OSError):  # after a failure it tries once more
+                self._records.close()
+        self._records = None
