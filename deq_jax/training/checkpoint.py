@@ -353,7 +353,9 @@ def _check_files(folder: Path) -> None:
 
     Orbax alone does not notice every damage: of 17 single bits flipped in the file of the arrays
     15 came back as other values without an error (Orbax 0.12.8).  OCDBT has checksums for its
-    metadata only.  A checkpoint without a manifest was completed, but its run was killed before it could say so:
+    metadata only.
+
+    A checkpoint without a manifest was completed, but its run was killed before it could say so:
     what Orbax itself notices has to do.
     """
     manifest = folder / _MANIFEST
