@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,13 @@ class Checkpoints:
     """The checkpoints of one run: `directory/000000500/` after 500 steps, and so on.
 
     A save runs in the background, one at a time.  Older checkpoints go only when a newer one is
-    complete.  A checkpoint lists its files with their checksums, and the shapes of its arrays; both
+    complete.  The newest ones are kept, and on request every n-th step and the best one.
+
+    Orbax's own `training.Checkpointer` rotates too, but it cannot be opened when a file of one
+    checkpoint is damaged or a foreign folder has a number for a name, and after a full disk it
+    repeats the old error and leaves the unfinished files where they are.
+
+    A checkpoint lists its files with their checksums, and the shapes of its arrays; both
     are verified before anything is restored.
 
     The processes of a run share the folder and call everything together.  Each writes what its
@@ -53,17 +60,29 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: Path, *, keep: int, fits: Callable[[Any], str], say: Callable[[str], None]
+        self,
+        directory: Path,
+        *,
+        keep: int,
+        keep_every: int | None = None,
+        keep_best: str = "",
+        fits: Callable[[Any], str],
+        say: Callable[[str], None],
     ) -> None:
         """Prepares the folder; use the object in a `with` statement.
 
         Args:
           directory: created when first needed.
           keep: how many to keep, the newest ones.
+          keep_every: steps that are multiples of it are kept for ever; None for none.
+          keep_best: "min:NAME" or "max:NAME", a metric given to `save`; "" for none.
           fits: given the saved `host` dict, returns why it cannot be continued, "" if it can.
           say: called with a sentence that the user should see.
         """
-        self._directory, self._keep, self._fits, self._say = directory, keep, fits, say
+        self._directory, self._fits, self._say = directory, fits, say
+        self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
+        self._metrics: dict[int, dict[str, float]] = {}
+        self._unchecked = True
         self._pending: tuple[int, Future[None]] | None = None
         self._background = ThreadPoolExecutor(max_workers=1)
         self._context = _make_context()
@@ -95,20 +114,44 @@ class Checkpoints:
         """The steps of the complete checkpoints, rising."""
         return saved_steps(self._directory)
 
-    def save(self, step: int, state: Any, host: dict[str, Any]) -> None:
+    def best(self) -> int | None:
+        """The step of the best checkpoint by the metric `keep_best`.
+
+        Returns:
+          The earliest of several equal ones; None if no checkpoint was saved with that metric.
+        """
+        direction, _, name = self._keep_best.partition(":")
+        scores = {step: (self._metrics_of(step) or {}).get(name) for step in self.steps()}
+        known = {step: score for step, score in scores.items() if score is not None}
+        sign = -1 if direction == "max" else 1
+        return min(known, key=lambda step: (sign * known[step], step), default=None)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        host: dict[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Begins to save; returns as soon as `state` may be donated.
 
         Args:
           step: the number of finished steps.
           state: what to save, a `TrainState` or any tree of arrays.
           host: what else to save, a dict that JSON can hold.
+          metrics: of an evaluation of this very state, for `keep_best`; None if there was none.
 
         Raises:
           CheckpointError: this save could not begin, or the one before it failed.
         """
         self.finish()
+        if metrics is not None:
+            self._complain_once(metrics)
         # A copy: the file is written later, when the caller may have changed its dict.
-        record = {"host": json.loads(json.dumps(host)), "leaves": _describe(state)}
+        record: dict[str, Any] = {"host": json.loads(json.dumps(host))}
+        record["leaves"] = _describe(state)
+        record["metrics"] = {n: float(v) for n, v in (metrics or {}).items() if math.isfinite(v)}
+        self._metrics.pop(step, None)
         path = self._path(step)
         failure, response = None, None
         try:
@@ -143,8 +186,7 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             failure = error
         self._agree(step, failure)
-        for old in self.steps()[: -self._keep]:
-            self._remove(self._path(old).name)
+        self._rotate()
 
     def restore(self, template: TrainState) -> Restored | None:
         """Reads the newest checkpoint that is whole and belongs to this run.
@@ -181,6 +223,41 @@ class Checkpoints:
                 "folder with --workdir"
             )
         return None
+
+    def _complain_once(self, metrics: Mapping[str, float]) -> None:
+        """Of a metric that is unknown, which shows only now."""
+        if self._keep_best and self._unchecked and self._keep_best[4:] not in metrics:
+            known = ", ".join(sorted(metrics))
+            self._say(f"got keep_best={self._keep_best}, wanted one of {known}; no best is kept")
+        self._unchecked = False
+
+    def _rotate(self) -> None:
+        """Removes what is no longer kept."""
+        if not distributed.is_first():
+            return
+        steps = self.steps()
+        kept = set(steps[-self._keep :])
+        if self._keep_every:
+            kept.update(step for step in steps if step % self._keep_every == 0)
+        if self._keep_best:
+            unknown = (step for step in steps if self._metrics_of(step) is None)
+            kept.update(unknown)
+            if (best := self.best()) is not None:
+                kept.add(best)
+        for step in steps:
+            if step not in kept:
+                self._remove(self._path(step).name)
+
+    def _metrics_of(self, step: int) -> dict[str, float] | None:
+        """What a checkpoint was saved with; None if that cannot be read, now or ever."""
+        if step not in self._metrics:
+            # Without Orbax, whose loading all processes would have to join.
+            try:
+                record = json.loads((self._path(step) / "host" / "data.json").read_text())
+                self._metrics[step] = record.get("metrics", {})
+            except (OSError, ValueError, AttributeError):
+                return None
+        return self._metrics[step]
 
     def _try(self, step: int, template: TrainState) -> tuple[Restored | None, str]:
         """Reads a checkpoint, or says why none of the processes can."""
