@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -14,7 +13,7 @@ import deq_jax as deq
 from deq_jax import tree
 from deq_jax.diagnosis import Diagnosis, diagnose
 from deq_jax.solvers import Solution
-from deq_jax.training import Config, DataIterator, Task, UsageError, weights
+from deq_jax.training import Config, DataIterator, Task, UsageError, folders, weights
 from deq_jax.training.checkpoint import saved_steps
 from deq_jax.training.parallel import batch_sharding, replicated, split_leaves
 from deq_jax.training.placement import place
@@ -59,7 +58,9 @@ def run(
             f"got --diagnose in a run of {jax.process_count()} processes; wanted one: a few "
             "examples are diagnosed, on one device; start it again in a single process"
         )
-    trained = {n: p for n, p in parts.items() if saved_steps(Path(p.workdir) / "checkpoints")}
+    trained = {
+        n: p for n, p in parts.items() if saved_steps(folders.parse(p.workdir) / "checkpoints")
+    }
     chosen = trained or dict([next(iter(parts.items()))])
     start, reports = train_data.get_state(), []
     for name, part in chosen.items():
@@ -85,13 +86,13 @@ def load(config: Config, task: Task, mesh: Mesh) -> tuple[Any, Any, str]:
     Raises:
       UsageError: they cannot be read, or are of another model.
     """
-    folder = Path(config.workdir)
+    folder = folders.parse(config.workdir)
     if not saved_steps(folder / "checkpoints"):
         key = split_seed(config.train.seed)[0]
         params, extra = jax.jit(task.init, out_shardings=replicated(mesh))(key)
         if not config.init_from:
             return params, extra, f"at its initial weights (no checkpoint in {folder})"
-        loaded = weights.load(Path(config.init_from))
+        loaded = weights.load(config.init_from)
         return *weights.adopt((params, extra), loaded, print), f"weights of {config.init_from}"
     loaded = weights.load(folder)
     wanted = jax.eval_shape(task.init, jax.random.key(0))

@@ -12,7 +12,17 @@ from typing import Any, TypeVar
 
 from jax.sharding import Mesh
 
-from deq_jax.training import Config, EvalData, JacConfig, Task, option, require, train, workdir
+from deq_jax.training import (
+    Config,
+    EvalData,
+    JacConfig,
+    Task,
+    folders,
+    option,
+    require,
+    train,
+    workdir,
+)
 from deq_jax.training.metrics import compute
 from experiments.report import Trained
 
@@ -66,7 +76,7 @@ def parts(config: ConfigT) -> dict[str, ConfigT]:
       >>> [Path(part.workdir).name for part in parts(ComparedConfig()).values()]
       ['model']
     """
-    folder = Path(config.workdir).expanduser().absolute()
+    folder = folders.parse(config.workdir)
     return {
         name: dataclasses.replace(config, workdir=str(folder / name), jac=jac, compare=False)
         for name, jac in variants(config).items()

@@ -42,7 +42,18 @@ TABLE = {
     "data": (set(), {"numpy", "grain", "absl", "tensorflow_datasets", "sklearn", "PIL"}),
     "training": (
         CORE,
-        {"jax", "flax", "numpy", "optax", "orbax", "absl", "tqdm", "tensorboardX", "matplotlib"},
+        {
+            "jax",
+            "flax",
+            "numpy",
+            "optax",
+            "orbax",
+            "absl",
+            "etils",
+            "tqdm",
+            "tensorboardX",
+            "matplotlib",
+        },
     ),
     "convert": ({"training"}, {"numpy", "torch"}),
 }

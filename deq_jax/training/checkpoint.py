@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,11 +17,16 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from deq_jax.training import distributed
+from deq_jax.training import distributed, folders
 from deq_jax.training.errors import UsageError
+from deq_jax.training.folders import Folder, first_line
 from deq_jax.training.state import TrainState
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
+_COMPLETE = "commit_success.txt"
+"""What Orbax writes last, where a folder cannot be renamed."""
+_PARTS = {"orbax.checkpoint", "_CHECKPOINT_METADATA", "state", "host"}
+"""What there may be before, in any order."""
 _MANIFEST = "files.json"
 
 
@@ -52,8 +57,9 @@ class Checkpoints:
     checkpoint is damaged or a foreign folder has a number for a name, and after a full disk it
     repeats the old error and leaves the unfinished files where they are.
 
-    A checkpoint lists its files with their checksums, and the shapes of its arrays; both
-    are verified before anything is restored.
+    A checkpoint lists its files with their checksums, and the shapes of its arrays; both are
+    verified before anything is restored.  On gs:// the files are not listed: the store has a
+    checksum of every object, and the checkpoint would have to be read back for ours.
 
     The processes of a run share the folder and call everything together.  Each writes what its
     devices alone hold, and all agree on what came of it.
@@ -61,7 +67,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: Path,
+        directory: Folder,
         *,
         keep: int,
         keep_every: int | None = None,
@@ -72,7 +78,7 @@ class Checkpoints:
         """Prepares the folder; use the object in a `with` statement.
 
         Args:
-          directory: created when first needed.
+          directory: from `folders.parse`; created when first needed.
           keep: how many to keep, the newest ones.
           keep_every: steps that are multiples of it are kept for ever; None for none.
           keep_best: "min:NAME" or "max:NAME", a metric given to `save`; "" for none.
@@ -83,6 +89,7 @@ class Checkpoints:
         self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
         self._metrics: dict[int, dict[str, float]] = {}
         self._unchecked = True
+        self._failures = (ValueError, RuntimeError, *folders.errors(directory))
         self._pending: tuple[int, Future[None]] | None = None
         self._background = ThreadPoolExecutor(max_workers=1)
         self._context = _make_context()
@@ -91,7 +98,7 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         """Clears what a killed run left unfinished."""
         logging.getLogger("absl").addFilter(self._quiet)
-        self._remove(f"*{_UNFINISHED}*")
+        self._clean()
         distributed.barrier("checkpoints")
         return self
 
@@ -159,14 +166,14 @@ class Checkpoints:
                 response = ocp.save_checkpointables_async(
                     str(path), {"state": state, "host": record}
                 )
-        except (OSError, ValueError, RuntimeError) as error:
+        except self._failures as error:
             failure = error
         self._agree(step, failure)
 
         def complete() -> None:
             assert response is not None
             response.result()
-            if distributed.is_first():
+            if distributed.is_first() and isinstance(path, Path):
                 _seal(path)
 
         self._pending = step, self._background.submit(complete)
@@ -183,10 +190,13 @@ class Checkpoints:
         failure = None
         try:
             saving.result()
-        except (OSError, ValueError, RuntimeError) as error:
+        except self._failures as error:
             failure = error
         self._agree(step, failure)
-        self._rotate()
+        try:
+            self._rotate()
+        except folders.errors(self._directory) as error:
+            self._say(f"no checkpoint was removed: {self._directory}: {folders.reason(error)}")
 
     def restore(self, template: TrainState) -> Restored | None:
         """Reads the newest checkpoint that is whole and belongs to this run.
@@ -224,6 +234,12 @@ class Checkpoints:
             )
         return None
 
+    def _clean(self) -> None:
+        """Removes what killed or failed saves have left."""
+        if distributed.is_first():
+            for folder in _unfinished(self._directory):
+                folders.remove(folder)
+
     def _complain_once(self, metrics: Mapping[str, float]) -> None:
         """Of a metric that is unknown, which shows only now."""
         if self._keep_best and self._unchecked and self._keep_best[4:] not in metrics:
@@ -240,13 +256,12 @@ class Checkpoints:
         if self._keep_every:
             kept.update(step for step in steps if step % self._keep_every == 0)
         if self._keep_best:
-            unknown = (step for step in steps if self._metrics_of(step) is None)
-            kept.update(unknown)
+            kept.update(step for step in steps if self._metrics_of(step) is None)
             if (best := self.best()) is not None:
                 kept.add(best)
         for step in steps:
             if step not in kept:
-                self._remove(self._path(step).name)
+                _discard(self._path(step))
 
     def _metrics_of(self, step: int) -> dict[str, float] | None:
         """What a checkpoint was saved with; None if that cannot be read, now or ever."""
@@ -255,7 +270,7 @@ class Checkpoints:
             try:
                 record = json.loads((self._path(step) / "host" / "data.json").read_text())
                 self._metrics[step] = record.get("metrics", {})
-            except (OSError, ValueError, AttributeError):
+            except (AttributeError, *self._failures):
                 return None
         return self._metrics[step]
 
@@ -277,7 +292,7 @@ class Checkpoints:
             return None, distributed.from_first(reason) or "another process cannot read it"
         return restored, ""
 
-    def _path(self, step: int) -> Path:
+    def _path(self, step: int) -> Folder:
         return self._directory / f"{step:09d}"
 
     def _load(self, step: int, template: TrainState) -> Restored:
@@ -291,24 +306,24 @@ class Checkpoints:
             state = ocp.load_checkpointables(str(path), {"state": template})["state"]
         return Restored(state=state, host=record["host"])
 
-    def _set_aside(self, step: int) -> Path:
+    def _set_aside(self, step: int) -> Folder:
         count = 0
         while (target := self._directory / f"damaged-{step:09d}-{count}").exists():
             count += 1
-        return self._path(step).rename(target) if distributed.is_first() else target
-
-    def _remove(self, pattern: str) -> None:
         if distributed.is_first():
-            for folder in self._directory.glob(pattern):
-                shutil.rmtree(folder, ignore_errors=True)
+            self._path(step).rename(target)
+        return target
 
     def _agree(self, step: int, failure: Exception | None) -> None:
         """Raises in all processes if one of them could not save."""
         if not distributed.largest(failure is not None):
             return
-        self._remove(f"{self._path(step).name}{_UNFINISHED}*")  # also frees the space it took
-        older = self.steps()
-        kept = f"the checkpoint of step {older[-1]} is intact" if older else "there is no older one"
+        kept = "older ones, which cannot be listed now, are as they were"
+        with contextlib.suppress(*folders.errors(self._directory)):
+            self._clean()  # also frees the space it took
+            kept = "there is no older one"
+            if older := self.steps():
+                kept = f"the checkpoint of step {older[-1]} is intact"
         reason = "another process failed" if failure is None else first_line(failure)
         if any(words in str(failure) for words in ("No space left", "RESOURCE_EXHAUSTED")):
             reason = "the disk is full"
@@ -318,7 +333,7 @@ class Checkpoints:
         ) from failure
 
 
-def saved_steps(directory: Path) -> list[int]:
+def saved_steps(directory: Folder) -> list[int]:
     """The steps of the complete checkpoints in a folder.
 
     Args:
@@ -328,16 +343,22 @@ def saved_steps(directory: Path) -> list[int]:
       Rising.
 
     Example:
-      >>> saved_steps(Path("nowhere"))
+      >>> saved_steps(folders.parse("nowhere"))
       []
     """
     if not directory.is_dir():
         return []
-    names = [entry.name for entry in directory.iterdir() if entry.is_dir()]
-    return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
+    remote = folders.is_remote(directory)
+    return sorted(
+        int(entry.name)
+        for entry in directory.iterdir()
+        if re.fullmatch(r"\d+", entry.name)
+        and entry.is_dir()
+        and not (remote and _is_unfinished(entry))
+    )
 
 
-def read(path: Path) -> tuple[Any, dict[str, Any]]:
+def read(path: Folder) -> tuple[Any, dict[str, Any]]:
     """Reads one checkpoint as plain nested dicts, whatever model and run it is of.
 
     Args:
@@ -350,7 +371,8 @@ def read(path: Path) -> tuple[Any, dict[str, Any]]:
       ValueError: it is damaged.  Other exceptions, of any kind, come from Orbax.
 
     Example:
-      >>> state, host = read(Path("runs/digits/jr/checkpoints/000000600"))  # doctest: +SKIP
+      >>> path = folders.parse("runs/digits/jr/checkpoints/000000600")
+      >>> state, host = read(path)  # doctest: +SKIP
     """
     _check_files(path)
     # Every process reads its own copy: a device of another one could not be written to.
@@ -365,6 +387,29 @@ def read(path: Path) -> tuple[Any, dict[str, Any]]:
     return state, record["host"]
 
 
+def _unfinished(directory: Folder) -> list[Folder]:
+    """What killed or failed saves have left behind."""
+    if not directory.is_dir():
+        return []
+    if not folders.is_remote(directory):
+        return [entry for entry in directory.iterdir() if _UNFINISHED in entry.name]
+    numbers = [entry for entry in directory.iterdir() if re.fullmatch(r"\d+", entry.name)]
+    return [entry for entry in numbers if _is_unfinished(entry)]
+
+
+def _is_unfinished(checkpoint: Folder) -> bool:
+    """Of a remote one, which has its name from the beginning; a foreign folder is none."""
+    return {entry.name for entry in checkpoint.iterdir()} <= _PARTS
+
+
+def _discard(checkpoint: Folder) -> None:
+    """Removes a checkpoint; a remote one that is removed in part must not count as complete."""
+    if folders.is_remote(checkpoint):
+        with contextlib.suppress(*folders.errors(checkpoint)):
+            (checkpoint / _COMPLETE).unlink()
+    folders.remove(checkpoint)
+
+
 def _make_context() -> Any:
     context = ocp.Context()
     context.checkpointables.registry = ocp.handlers.local_registry()
@@ -377,23 +422,6 @@ class _WithoutOrbaxTracebacks(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "orbax" not in record.pathname
-
-
-def first_line(error: Exception) -> str:
-    r"""What an exception says, short enough to stand in a sentence.
-
-    Args:
-      error: any exception.
-
-    Returns:
-      The first line of its message, cut at 200 characters; its type if it says nothing.
-
-    Example:
-      >>> first_line(ValueError("too long\nfor a sentence")), first_line(KeyError())
-      ('too long', 'KeyError')
-    """
-    text = str(error).strip().split("\n")[0] or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + " ..."
 
 
 def _reason(action: Callable[[], None]) -> str:
@@ -425,7 +453,7 @@ def _seal(folder: Path) -> None:
     temporary.replace(folder / _MANIFEST)
 
 
-def _check_files(folder: Path) -> None:
+def _check_files(folder: Folder) -> None:
     """Raises ValueError if a file is not the one that was saved.
 
     Orbax alone does not notice every damage: of 17 single bits flipped in the file of the arrays
@@ -436,7 +464,7 @@ def _check_files(folder: Path) -> None:
     what Orbax itself notices has to do.
     """
     manifest = folder / _MANIFEST
-    if not manifest.exists():
+    if not isinstance(folder, Path) or not manifest.exists():
         return
     found = _files(folder)
     try:

@@ -13,7 +13,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from deq_jax.training import distributed, fields, metrics, weights, workdir
+from deq_jax.training import distributed, fields, folders, metrics, weights, workdir
 from deq_jax.training.checkpoint import CheckpointError, Checkpoints
 from deq_jax.training.config import Config
 from deq_jax.training.console import Console
@@ -143,8 +143,9 @@ class _Run:
             self.writer = MetricWriter(
                 self.folder, self.step, self.console.say, enabled=distributed.is_first()
             )
-        except OSError as error:
-            raise UsageError(f"cannot write metrics to {self.folder}: {error.strerror}") from error
+        except folders.errors(self.folder) as error:
+            reason = folders.reason(error)
+            raise UsageError(f"cannot write metrics to {self.folder}: {reason}") from error
 
     def to_the_end(self, stop: StopRequest) -> dict[int, dict[str, float]]:
         """Trains until the last step; returns the final evaluation."""
@@ -184,7 +185,7 @@ class _Run:
     def _begin(self, task: Task, optimizer: optax.GradientTransformation) -> TrainState:
         """The state of step 0: random weights, or those that the configuration names."""
         source, say = self.config.init_from, self.console.say
-        loaded = weights.load(Path(source), say) if source else None
+        loaded = weights.load(source, say) if source else None
         state = create_state(
             task,
             optimizer,
@@ -281,6 +282,7 @@ class _Run:
             "window": metrics.to_json(self.window),
             "skipped": self.skipped,
         }
+        self.writer.flush()
         self.checkpoints.save(self.step, self.state, host)
         self.saved_step = self.step
 

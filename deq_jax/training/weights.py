@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from deq_jax.training import folders
 from deq_jax.training.checkpoint import Checkpoints, first_line, read, saved_steps
 from deq_jax.training.errors import UsageError
 
@@ -20,7 +21,7 @@ _SHOWN = 3
 """Names listed of each kind of misfit; the others are counted."""
 
 
-def save(folder: Path, params: Any, extra: Any, source: dict[str, Any]) -> None:
+def save(folder: str | os.PathLike[str], params: Any, extra: Any, source: dict[str, Any]) -> None:
     """Writes weights where `load` finds them: one checkpoint, step 0, with its checksums.
 
     Args:
@@ -34,12 +35,12 @@ def save(folder: Path, params: Any, extra: Any, source: dict[str, Any]) -> None:
 
     Example:
       >>> import tempfile
-      >>> folder = Path(tempfile.mkdtemp())
+      >>> folder = tempfile.mkdtemp()
       >>> save(folder, {"a": jnp.ones(2)}, {}, {"file": "a.pkl"})
       >>> load(folder)[0]["a"].tolist()
       [1.0, 1.0]
     """
-    folder = Path(folder).absolute()
+    folder = folders.parse(folder)
     checkpoints = Checkpoints(folder / _FOLDER, keep=1, fits=lambda _: "", say=print)
     if checkpoints.steps():
         raise UsageError(
@@ -47,15 +48,15 @@ def save(folder: Path, params: Any, extra: Any, source: dict[str, Any]) -> None:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror}") from error
+    except folders.errors(folder) as error:
+        raise UsageError(f"cannot write to {folder}: {folders.reason(error)}") from error
     state = jax.tree.map(jnp.asarray, {"params": params, "extra": extra})
     with checkpoints:
         checkpoints.save(0, state, {"source": source})
         checkpoints.finish()
 
 
-def load(folder: Path, say: Callable[[str], None] = print) -> tuple[Any, Any]:
+def load(folder: str | os.PathLike[str], say: Callable[[str], None] = print) -> tuple[Any, Any]:
     """Reads the weights of a run, or those that `save` wrote.
 
     Args:
@@ -69,9 +70,9 @@ def load(folder: Path, say: Callable[[str], None] = print) -> tuple[Any, Any]:
       UsageError: there is no such folder, no checkpoint in it, or none that can be read.
 
     Example:
-      >>> params, extra = load(Path("runs/cifar10_large_jr/model"))  # doctest: +SKIP
+      >>> params, extra = load("runs/cifar10_large_jr/model")  # doctest: +SKIP
     """
-    directory = Path(folder).expanduser().absolute() / _FOLDER
+    directory = folders.parse(folder) / _FOLDER
     steps = saved_steps(directory)
     if not steps:
         raise UsageError(
@@ -162,7 +163,7 @@ def adopt(
     return result
 
 
-def require_fit(loaded: Any, wanted: Any, folder: Path | str, advice: str) -> None:
+def require_fit(loaded: Any, wanted: Any, folder: str | os.PathLike[str], advice: str) -> None:
     """Refuses weights that are not those of a model, every one of them.
 
     Args:

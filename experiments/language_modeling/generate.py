@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deq_jax.data import corpora, text
-from deq_jax.training import UsageError, weights
+from deq_jax.training import UsageError, folders, weights
 from experiments.language_modeling import data
 from experiments.language_modeling.config import LanguageConfig, SampleConfig
 from experiments.language_modeling.task import LanguageTask
@@ -71,9 +70,9 @@ def load(config: LanguageConfig, task: LanguageTask) -> Any:
     Raises:
       UsageError: there are none, or they are of another model.
     """
-    workdir = Path(config.workdir).expanduser()
+    workdir = folders.parse(config.workdir)
     found = [workdir / name for name in FOLDERS if (workdir / name / "checkpoints").exists()]
-    folder = Path(config.init_from) if config.init_from else (*found, workdir)[0]
+    folder = folders.parse(config.init_from) if config.init_from else (*found, workdir)[0]
     params, _ = weights.load(folder)
     wanted = jax.eval_shape(task.init, jax.random.key(0))[0]
     advice = "give the preset, the text and the settings of model that it was trained with"

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
-from deq_jax.training import flags, train, workdir
+from deq_jax.training import flags, folders, train, workdir
 from deq_jax.training.parallel import make_mesh
 from experiments import diagnose, dry_run
 from experiments import report as shared
@@ -25,7 +24,7 @@ from experiments.toy_regression.task import ToyTask, build_data
 
 def run(config: ToyConfig) -> dict[float, report.Trained]:
     """Trains all models, gamma -> model, and writes the report."""
-    mesh, folder, parts = make_mesh(), Path(config.workdir).expanduser().absolute(), {}
+    mesh, folder, parts = make_mesh(), folders.parse(config.workdir), {}
     for gamma in config.gammas:
         jac, name = dataclasses.replace(config.jac, gamma=gamma), f"gamma_{gamma:g}"
         parts[gamma] = dataclasses.replace(config, workdir=str(folder / name), jac=jac)
