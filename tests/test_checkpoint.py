@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from deq_jax.training import TrainState, UsageError
+from deq_jax.training import TrainConfig, TrainState, UsageError
 from deq_jax.training.checkpoint import CheckpointError, Checkpoints
 from deq_jax.training.parallel import make_mesh, replicated
 
@@ -47,10 +47,10 @@ def assert_same(left, right):
 
 
 @contextlib.contextmanager
-def opened(directory, keep=2, misfit="", said=None):
+def opened(directory, keep=2, misfit="", said=None, **settings):
     said = said if said is not None else []
     with Checkpoints(
-        directory, keep=keep, fits=lambda host: misfit, say=said.append
+        directory, keep=keep, fits=lambda host: misfit, say=said.append, **settings
     ) as checkpoints:
         yield checkpoints
 
@@ -102,6 +102,73 @@ def test_the_newest_n_are_kept(tmp_path):
     with opened(tmp_path) as checkpoints:
         assert checkpoints.steps() == [4, 10]
         assert int(restore(checkpoints).state.step) == 10
+
+
+def test_every_nth_is_kept_besides(tmp_path):
+    with opened(tmp_path, keep=1, keep_every=4) as checkpoints:
+        for step in (2, 4, 6, 8, 10):
+            checkpoints.save(step, make_state(step), HOST)
+    with opened(tmp_path, keep=1, keep_every=4) as checkpoints:
+        assert checkpoints.steps() == [4, 8, 10]
+
+
+@pytest.mark.parametrize(
+    ("best", "kept"), [("min:loss", 2), ("max:accuracy", 3), ("min:none", None)]
+)
+def test_the_best_is_kept_besides(tmp_path, best, kept):
+    """Over two runs; neither equal, nor infinite, nor missing values displace it."""
+    measured = {
+        1: {"loss": 0.5, "accuracy": 0.5},
+        2: {"loss": np.float32(0.25), "accuracy": 0.25},
+        3: {"loss": 0.5, "accuracy": 0.75},
+        4: None,
+        5: {"loss": 0.25, "accuracy": 0.75},
+        6: {"loss": float("nan"), "accuracy": float("inf")},
+        7: {"loss": float("-inf")},
+    }
+    for run in (range(1, 4), range(4, 8)):
+        with opened(tmp_path, keep=1, keep_best=best) as checkpoints:
+            for step in run:
+                checkpoints.save(step, make_state(step), HOST, measured[step])
+    with opened(tmp_path, keep=1, keep_best=best) as checkpoints:
+        assert checkpoints.best() == kept
+        assert checkpoints.steps() == [*([kept] if kept else []), 7]
+        assert_same(restore(checkpoints).state, make_state(7))
+
+
+def test_a_checkpoint_whose_metrics_cannot_be_read_is_kept_as_it_may_be_the_best(tmp_path):
+    with opened(tmp_path, keep=2, keep_best="min:loss") as checkpoints:
+        checkpoints.save(1, make_state(1), HOST, {"loss": 0.1})
+        checkpoints.save(2, make_state(2), HOST, {"loss": 0.2})
+    (tmp_path / "000000001" / "host" / "data.json").write_text("[")
+    with opened(tmp_path, keep=1, keep_best="min:loss") as checkpoints:
+        checkpoints.save(3, make_state(3), HOST, {"loss": 0.3})
+        checkpoints.finish()
+        assert checkpoints.steps() == [1, 2, 3]
+
+
+def test_an_unknown_metric_is_told_once(tmp_path):
+    said = []
+    with opened(tmp_path, keep=1, keep_best="min:los", said=said) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, make_state(step), HOST, {"loss": 0.1, "accuracy": 1})
+    assert said == ["got keep_best=min:los, wanted one of accuracy, loss; no best is kept"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"keep_every": 700}, "keep_every must be a multiple of checkpoint_every = 500, or none"),
+        ({"keep_every": 0}, "keep_every must be a multiple"),
+        ({"keep_best": "loss"}, "keep_best must be min:NAME or max:NAME, or empty, got 'loss'"),
+        ({"keep_best": "min:", "eval_every": 5}, "keep_best must be min:NAME"),
+        ({"keep_best": "min:loss"}, "eval_every must be at least 1 for keep_best"),
+    ],
+)
+def test_settings_that_keep_nothing_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(**settings)
+    assert TrainConfig(keep_every=1000, keep_best="max:accuracy", eval_every=7).keep == 2
 
 
 def test_the_state_may_be_donated_and_the_dict_changed_while_the_save_runs(tmp_path):
@@ -162,6 +229,23 @@ def test_damage_to_any_file_gives_the_older_checkpoint_or_does_no_harm(tmp_path,
             assert sorted(p.name for p in folder.iterdir()) == ["000000001", "damaged-000000002-0"]
     assert any("state" in name.parts for name in fallbacks)
     assert any("host" in name.parts for name in fallbacks)
+
+
+def test_a_bit_flipped_anywhere_in_the_arrays_is_noticed(tmp_path):
+    """Orbax alone returns other values for most of these."""
+    write(tmp_path / "pristine", 1, 2)
+    files = [p for p in (tmp_path / "pristine" / "000000002").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size).relative_to(tmp_path / "pristine")
+    for part in range(1, 10):
+        folder = tmp_path / str(part)
+        shutil.copytree(tmp_path / "pristine", folder)
+        data = bytearray((folder / largest).read_bytes())
+        data[part * len(data) // 10] ^= 4
+        (folder / largest).write_bytes(data)
+        said = []
+        with opened(folder, said=said) as checkpoints:
+            assert_same(restore(checkpoints).state, make_state(1))
+        assert "was altered" in said[0]
 
 
 def test_a_run_killed_before_it_could_list_the_files_loses_nothing(tmp_path):

@@ -45,7 +45,18 @@ TABLE = {
     ),
     "training": (
         CORE,
-        {"jax", "flax", "numpy", "optax", "orbax", "absl", "tqdm", "tensorboardX", "matplotlib"}
+        {
+            "jax",
+            "flax",
+            "numpy",
+            "optax",
+            "orbax",
+            "absl",
+            "etils",
+            "tqdm",
+            "tensorboardX",
+            "matplotlib",
+        }
         | {"safetensors"},
     ),
     "convert": ({"training"}, {"numpy", "torch"}),

@@ -1,11 +1,15 @@
 """Sums that merge, the files they are written to, and what of them a resumed run keeps."""
 
+import contextlib
 import errno
 import json
 import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
+import pytest
 
 from deq_jax.training import metrics, read_history, writers
 from deq_jax.training.console import Console
@@ -37,11 +41,18 @@ def test_means_pass_through_json_bit_for_bit():
     assert back["b"].total == np.inf
 
 
-def open_writer(path, step=0, said=None):
-    return writers.MetricWriter(path, step, (said if said is not None else []).append)
+@pytest.fixture
+def open_writer():
+    with contextlib.ExitStack() as stack:
+
+        def make(path, step=0, said=None):
+            said = said if said is not None else []
+            return stack.enter_context(writers.MetricWriter(path, step, said.append))
+
+        yield make
 
 
-def test_history_is_what_was_written(tmp_path):
+def test_history_is_what_was_written(open_writer, tmp_path):
     writer = open_writer(tmp_path)
     writer.write("train", 10, {"loss": 0.5})
     writer.write("eval", 10, {"loss": 0.25}, budget=12)
@@ -51,7 +62,7 @@ def test_history_is_what_was_written(tmp_path):
     ]
 
 
-def test_a_resumed_run_drops_what_lies_beyond_and_a_line_cut_short(tmp_path):
+def test_a_resumed_run_drops_what_lies_beyond_and_a_line_cut_short(open_writer, tmp_path):
     writer = open_writer(tmp_path)
     for step in (10, 20, 30):
         writer.write("train", step, {"loss": 1.0})
@@ -62,7 +73,9 @@ def test_a_resumed_run_drops_what_lies_beyond_and_a_line_cut_short(tmp_path):
     assert [(r["step"], r["loss"]) for r in read_history(tmp_path)] == [(10, 1), (20, 1), (30, 2)]
 
 
-def test_a_full_disk_delays_records_without_losing_or_tearing_them(tmp_path, monkeypatch):
+def test_a_full_disk_delays_records_without_losing_or_tearing_them(
+    open_writer, tmp_path, monkeypatch
+):
     said = []
     writer = open_writer(tmp_path, said=said)
     writer.write("train", 1, {"loss": 1.0})
@@ -98,7 +111,7 @@ def read_events(path):
         yield Event.FromString(body)
 
 
-def test_tensorboard_reads_the_events_and_forgets_the_overwritten_ones(tmp_path):
+def test_tensorboard_reads_the_events_and_forgets_the_overwritten_ones(open_writer, tmp_path):
     open_writer(tmp_path).write("eval", 10, {"loss": 0.25}, budget=12)
     first, value = read_events(next(tmp_path.glob("events*")))
     assert first.file_version == "brain.Event:2"
@@ -107,6 +120,37 @@ def test_tensorboard_reads_the_events_and_forgets_the_overwritten_ones(tmp_path)
     open_writer(tmp_path, step=5)
     _, start = read_events(max(tmp_path.glob("events*")))
     assert (start.step, start.session_log.status) == (6, start.session_log.START)
+
+
+def test_two_runs_in_the_same_second_write_two_event_files(open_writer, tmp_path):
+    for step in (0, 5):
+        open_writer(tmp_path, step=step).write("train", step + 1, {"loss": 1.0})
+    files = sorted(tmp_path.glob("events*"))
+    assert [[event.step for event in read_events(path)] for path in files] == [[0, 1], [0, 6, 6]]
+
+
+def test_a_full_disk_ends_the_event_file_with_one_sentence(tmp_path):
+    """In a program of its own, where Python would complain of the file at the end."""
+    program = f"""
+import resource
+from deq_jax.training.writers import MetricWriter
+writer = MetricWriter({str(tmp_path)!r}, 0, print)
+writer.write("train", 1, {{"loss": 1.0}})
+limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (120, limit[1]))
+writer.write("train", 2, {{"a name long enough to meet the limit" * 3: 2.0}})
+resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+writer.write("train", 3, {{"loss": 3.0}})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout.count("no more TensorBoard events are written: File too large") == 1
+    assert [record["step"] for record in read_history(tmp_path)] == [1, 2, 3]
+    (path,) = tmp_path.glob("events*")
+    steps = []
+    with contextlib.suppress(struct.error):  # the record that was being written
+        steps += (event.step for event in read_events(path))
+    assert steps == [0, 1]
 
 
 def test_without_a_terminal_progress_is_plain_lines(capsys):

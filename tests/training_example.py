@@ -191,7 +191,7 @@ def main(config):
         jax.tree_util.keystr(path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(distributed.fetch(result.state))[0]
     }
-    if distributed.is_first():
+    if distributed.is_first() and "://" not in config.workdir:
         np.savez(os.path.join(config.workdir, "final.npz"), allow_pickle=False, **leaves)
     print("finished")
 

@@ -269,6 +269,17 @@ class TrainConfig:
     eval_every: int = option(0, "steps between evaluations; 0 for the end only", may_change=True)
     checkpoint_every: int = option(500, "steps between two checkpoints", may_change=True)
     keep: int = option(2, "checkpoints kept, the newest ones", may_change=True)
+    keep_every: int | None = option(
+        None,
+        "steps between checkpoints that are kept for ever, a multiple of checkpoint_every, or none",
+        may_change=True,
+    )
+    keep_best: str = option(
+        "",
+        "metric of the evaluation whose best checkpoint is kept too, for instance min:loss or "
+        "max:accuracy; only steps that are evaluated and saved count; empty for none",
+        may_change=True,
+    )
     skip: int = option(
         5, "updates in a row that may be left out because loss or gradient is not finite; one more "
         "stops the run",
@@ -282,6 +293,15 @@ class TrainConfig:
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         for name in ("checkpoint_every", "keep"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        if self.keep_every is not None:
+            multiple = self.keep_every >= 1 and self.keep_every % self.checkpoint_every == 0
+            wanted = f"a multiple of checkpoint_every = {self.checkpoint_every}, or none"
+            require(multiple, "keep_every", wanted, self.keep_every)
+        if self.keep_best:
+            direction, _, metric = self.keep_best.partition(":")
+            known = direction in ("min", "max") and bool(metric)
+            require(known, "keep_best", "min:NAME or max:NAME, or empty", self.keep_best)
+            require(self.eval_every >= 1, "eval_every", "at least 1 for keep_best", self.eval_every)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

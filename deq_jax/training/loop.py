@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from deq_jax.errors import Diverged, Interrupted, UsageError
-from deq_jax.training import distributed, fields, metrics, weights, workdir
+from deq_jax.training import distributed, fields, folders, metrics, weights, workdir
 from deq_jax.training.checkpoint import CheckpointError, Checkpoints
 from deq_jax.training.config import Config
 from deq_jax.training.console import Console
@@ -135,6 +135,8 @@ def train(
         Checkpoints(
             folder / "checkpoints",
             keep=config.train.keep,
+            keep_every=config.train.keep_every,
+            keep_best=config.train.keep_best,
             fits=partial(_misfit, config),
             say=console.say,
         ) as checkpoints,
@@ -152,10 +154,11 @@ def train(
             writers if distributed.is_first() else (),
             callbacks,
         )
-        try:
-            evaluation = run.to_the_end(stop)
-        finally:
-            run.profile.close(())
+        with run.metrics_file:
+            try:
+                evaluation = run.to_the_end(stop)
+            finally:
+                run.profile.close(())
         distributed.barrier("trained")  # process 0 has written all that the others read now
         return TrainResult(run.state, evaluation, read_history(folder))
 
@@ -190,6 +193,7 @@ class _Run:
         self.in_warmup: bool | None = None
         self.pending: list[tuple[int, dict[str, metrics.Mean]]] = []  # on the devices
         self.window: dict[str, metrics.Mean] = {}  # on the host, since the last line of metrics
+        self.evaluated: dict[str, float] | None = None  # of this step, at the main budget
         self.skipped: list[int] = []  # steps whose update was left out, in a row up to now
         self.preemption = PreemptionSync(mesh, _AHEAD)
         self.profile = _Profile(config, folder, console)
@@ -197,12 +201,13 @@ class _Run:
         self.state = self._begin(task, optimizer) if state is None else state
         self._restart_clock()
         try:
-            own = MetricWriter(
+            self.metrics_file = MetricWriter(
                 self.folder, self.step, self.console.say, enabled=distributed.is_first()
             )
-        except OSError as error:
-            raise UsageError(f"cannot write metrics to {self.folder}: {error.strerror}") from error
-        self.writers: list[Writer] = [own, *writers]
+        except folders.errors(self.folder) as error:
+            reason = folders.reason(error)
+            raise UsageError(f"cannot write metrics to {self.folder}: {reason}") from error
+        self.writers: list[Writer] = [self.metrics_file, *writers]
 
     def to_the_end(self, stop: StopRequest) -> Evaluation:
         """Trains until the last step; returns the final evaluation."""
@@ -216,9 +221,10 @@ class _Run:
             self.profile.after(self.step, self.state)
             if self._is_due(every.log_every):
                 self._log()
-            evaluation = {}
+            evaluation, self.evaluated = {}, None
             if self.evaluator is not None and self._is_due(every.eval_every):
                 evaluation = self._evaluate(self.evaluator)
+                self.evaluated = evaluation[self.config.eval_steps]
             for callback in self.callbacks:
                 callback(self.step, self.state, evaluation or None)
             if self._is_due(every.checkpoint_every):
@@ -247,7 +253,7 @@ class _Run:
     def _begin(self, task: Task, optimizer: optax.GradientTransformation) -> TrainState:
         """The state of step 0: random weights, or those that the configuration names."""
         source, say = self.config.init_from, self.console.say
-        loaded = weights.load(Path(source), say) if source else None
+        loaded = weights.load(source, say) if source else None
         state = create_state(
             task,
             optimizer,
@@ -351,7 +357,8 @@ class _Run:
             "window": metrics.to_json(self.window),
             "skipped": self.skipped,
         }
-        self.checkpoints.save(self.step, self.state, host)
+        self.metrics_file.flush()
+        self.checkpoints.save(self.step, self.state, host, metrics=self.evaluated)
         self.saved_step = self.step
 
     def _save_if_possible(self) -> None:

@@ -7,6 +7,7 @@ arrays of a file are named `params/stem/conv1/kernel`, `batch_stats/stem/norm1/m
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,7 @@ import numpy as np
 
 from deq_jax import __version__
 from deq_jax.errors import UsageError
+from deq_jax.training import folders
 from deq_jax.training.checkpoint import Checkpoints, first_line, read, saved_steps
 
 _FOLDER = "checkpoints"
@@ -36,7 +38,7 @@ DTYPES = frozenset(
 """What a file holds bit for bit."""
 
 
-def save(path: Path, params: Any, extra: Any, source: dict[str, Any]) -> None:
+def save(path: str | os.PathLike[str], params: Any, extra: Any, source: dict[str, Any]) -> None:
     """Writes weights where `load` finds them; overwrites nothing.
 
     Args:
@@ -57,9 +59,9 @@ def save(path: Path, params: Any, extra: Any, source: dict[str, Any]) -> None:
       >>> load(folder / "a.safetensors")[0]["a"]
       Array([1, 1], dtype=bfloat16)
     """
-    path = Path(path).absolute()
+    path = folders.parse(path)
     if path.suffix == SUFFIX:
-        _write_file(path, params, extra, source)
+        _write_file(_local(path), params, extra, source)
         return
     checkpoints = Checkpoints(path / _FOLDER, keep=1, fits=lambda _: "", say=print)
     if checkpoints.steps():
@@ -68,15 +70,15 @@ def save(path: Path, params: Any, extra: Any, source: dict[str, Any]) -> None:
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write to {path}: {error.strerror}") from error
+    except folders.errors(path) as error:
+        raise UsageError(f"cannot write to {path}: {folders.reason(error)}") from error
     state = jax.tree.map(jnp.asarray, {"params": params, "extra": extra})
     with checkpoints:
         checkpoints.save(0, state, {"source": source})
         checkpoints.finish()
 
 
-def load(path: Path, say: Callable[[str], None] = print) -> tuple[Any, Any]:
+def load(path: str | os.PathLike[str], say: Callable[[str], None] = print) -> tuple[Any, Any]:
     """Reads the weights of a run, or those that `save` wrote.
 
     Args:
@@ -92,16 +94,18 @@ def load(path: Path, say: Callable[[str], None] = print) -> tuple[Any, Any]:
         is not there, damaged, or of other contents.
 
     Example:
-      >>> params, extra = load(Path("runs/cifar10_large_jr/model"))  # doctest: +SKIP
+      >>> params, extra = load("runs/cifar10_large_jr/model")  # doctest: +SKIP
     """
-    path = Path(path).expanduser().absolute()
+    path = folders.parse(path)
     if path.suffix == SUFFIX and not path.is_dir():
-        return _load_file(path)
+        return _load_file(_local(path))
     newest = _newest(path, say)
     return newest.params, newest.extra
 
 
-def export(run: Path, path: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+def export(
+    run: str | os.PathLike[str], path: str | os.PathLike[str], say: Callable[[str], None] = print
+) -> dict[str, Any]:
     """Writes the newest weights of a run to a ``.safetensors`` file; overwrites nothing.
 
     Args:
@@ -123,7 +127,7 @@ def export(run: Path, path: Path, say: Callable[[str], None] = print) -> dict[st
       >>> export(folder / "run", folder / "a.safetensors")
       {'run': 'run', 'step': 0, 'file': 'a.pkl'}
     """
-    run, path = Path(run).expanduser().absolute(), Path(path).expanduser().absolute()
+    run, path = folders.parse(run), _local(folders.parse(path))
     if path.suffix != SUFFIX:
         raise UsageError(f"got {path} to write to; wanted the name of a file that ends in {SUFFIX}")
     _refuse_existing(path)
@@ -236,7 +240,7 @@ def adopt(
     return result
 
 
-def require_fit(loaded: Any, wanted: Any, folder: Path | str, advice: str) -> None:
+def require_fit(loaded: Any, wanted: Any, folder: str | os.PathLike[str], advice: str) -> None:
     """Refuses weights that are not those of a model, every one of them.
 
     Args:
@@ -270,7 +274,7 @@ class _Newest(NamedTuple):
     host: dict[str, Any]
 
 
-def _newest(folder: Path, say: Callable[[str], None]) -> _Newest:
+def _newest(folder: folders.Folder, say: Callable[[str], None]) -> _Newest:
     """Reads the newest whole checkpoint of a run; tells which newer ones are not."""
     directory = folder / _FOLDER
     steps = saved_steps(directory)
@@ -383,6 +387,12 @@ def _checksum(arrays: Mapping[str, np.ndarray]) -> int:
 def _refuse_existing(path: Path) -> None:
     if path.exists():
         raise UsageError(f"{path} exists already; choose another name, nothing is overwritten")
+
+
+def _local(path: folders.Folder) -> Path:
+    if not isinstance(path, Path):
+        raise UsageError(f"got {path}; wanted a local path for a {SUFFIX} file")
+    return path
 
 
 def _safetensors(path: Path) -> Any:

@@ -9,13 +9,14 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 import jax
 
 from deq_jax.errors import UsageError
-from deq_jax.training import distributed, fields
+from deq_jax.training import distributed, fields, folders
 from deq_jax.training.config import Config
+from deq_jax.training.folders import Folder
 
 CONFIG = "config.json"
 LOCK = "lock"
@@ -26,18 +27,20 @@ def claimed(config: Config) -> Iterator[Path]:
     """Creates `config.workdir`, or checks that it holds a run of the same configuration.
 
     While entered, no other run can enter the same folder: a lock that the operating system drops
-    when the process ends, however it ends.
+    when the process ends, however it ends.  A folder on gs:// has no lock: see to it yourself that
+    two runs do not share one.
 
     Args:
       config: the configuration of this run; written to config.json.
 
     Yields:
-      The folder.
+      The folder, a `pathlib.Path`; on gs:// an `epath.Path`.
 
     Raises:
-      UsageError: the folder holds a run of another configuration, whose config.json is left as it
-        is; another run is at work in it; it cannot be written; or processes of one run do not see
-        the same folder or the same configuration.
+      UsageError: the folder has a scheme other than gs://, and nothing is created; it holds a run
+        of another configuration, whose config.json is left as it is; another run is at work in it;
+        it cannot be written; or processes of one run do not see the same folder or the same
+        configuration.
 
     Example:
       >>> import tempfile
@@ -45,7 +48,7 @@ def claimed(config: Config) -> Iterator[Path]:
       ...     folder.name
       'run'
     """
-    folder = Path(config.workdir).expanduser().absolute()
+    folder = folders.parse(config.workdir)
     path = folder / CONFIG
     with contextlib.ExitStack() as stack:
         problem = ""
@@ -62,25 +65,27 @@ def claimed(config: Config) -> Iterator[Path]:
                 problem = "another process of this run cannot go on; see what it says"
         if problem:
             raise UsageError(problem)
-        yield folder
+        yield cast(Path, folder)  # an epath.Path has the methods of a pathlib.Path
 
 
-def _begin(config: Config, path: Path, stack: contextlib.ExitStack) -> None:
+def _begin(config: Config, path: Folder, stack: contextlib.ExitStack) -> None:
     folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = stack.enter_context(_lock(folder / LOCK))
+        lock = stack.enter_context(_lock(folder / LOCK)) if isinstance(folder, Path) else None
         if path.exists():
             _check(config, path)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(fields.to_dict(config), indent=2) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
+        if lock is not None:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+        folders.write(path, (json.dumps(fields.to_dict(config), indent=2) + "\n").encode())
+    except UsageError:
+        raise
+    except folders.errors(folder) as error:
         raise UsageError(
-            f"cannot write to workdir {folder}: {error.strerror}; choose another with --workdir"
+            f"cannot write to workdir {folder}: {folders.reason(error)}; choose another with "
+            "--workdir"
         ) from error
 
 
@@ -106,11 +111,11 @@ def _lock(path: Path) -> Iterator[TextIO]:
         yield file
 
 
-def _differs(config: Config, path: Path) -> str:
+def _differs(config: Config, path: Folder) -> str:
     """Why a process of this run cannot go on with what process 0 has written, in words."""
     try:
         saved = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (ValueError, *folders.errors(path)):
         return (
             f"process {jax.process_index()} does not see {path}, which process 0 has written; "
             "--workdir must be on storage that all processes share"
@@ -125,7 +130,7 @@ def _differs(config: Config, path: Path) -> str:
     return ""
 
 
-def _check(config: Config, path: Path) -> None:
+def _check(config: Config, path: Folder) -> None:
     try:
         saved = json.loads(path.read_text())
         if not isinstance(saved, dict):

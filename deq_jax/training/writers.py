@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-import struct
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from deq_jax.training import folders
+from deq_jax.training.folders import Folder
+
 HISTORY = "metrics.jsonl"
+_PERIOD = 30
+"""Seconds between two writes of the same object on gs://."""
 
 
 def read_history(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -27,7 +33,7 @@ def read_history(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
       >>> read_history("no/such/run")
       []
     """
-    path = Path(workdir) / HISTORY
+    path = folders.parse(workdir) / HISTORY
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is unfinished
@@ -39,7 +45,10 @@ class MetricWriter:
 
     A resumed run first cuts off what an earlier attempt wrote beyond the step it resumes from, so
     that every step appears once.  A record that cannot be written (disk full) is kept and written
-    together with the next one.
+    together with the next one.  Use it in a `with` statement, or close it.
+
+    On gs:// nothing can be appended: both files are written anew, at most every half a minute, by
+    `flush` and at the end.
     """
 
     def __init__(
@@ -58,16 +67,53 @@ class MetricWriter:
           say: called with a sentence when something cannot be written.
           enabled: False on all processes but one: nothing is opened or written.
         """
-        self._say, self._enabled = say, enabled
+        self._say = say
+        self._events: _EventFile | None = None
         if not enabled:
             return
-        self._path = Path(workdir) / HISTORY
-        self._unsaved: list[bytes] = []
+        folder = folders.parse(workdir)
+        self._path, self._flushed = folder / HISTORY, time.monotonic()
         kept = [r for r in read_history(workdir) if r["step"] <= step]
-        whole = self._path.with_suffix(".tmp")
-        whole.write_bytes(b"".join(_line(record) for record in kept))
-        os.replace(whole, self._path)
-        self._events = _EventFile(workdir, step, say)
+        self._saved = b"".join(_line(record) for record in kept)
+        self._unsaved: list[bytes] = []
+        folders.write(self._path, self._saved)
+        self._events = _EventFile(folder, step, say)
+
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Writes what is left; nothing may be written after it."""
+        self.flush()
+        if self._events is not None:
+            self._events.close()
+
+    def flush(self) -> None:
+        """Sees to it that all records are in the folder, before a checkpoint that is beyond them.
+
+        What cannot be written is told, and waits in memory.
+        """
+        if self._events is None:
+            return
+        self._flushed = time.monotonic()
+        self._events.flush()
+        if not self._unsaved:
+            return
+        try:
+            self._save(b"".join(self._unsaved))
+            self._unsaved.clear()
+        except folders.errors(self._path) as error:
+            self._say(f"metrics wait in memory: {self._path}: {folders.reason(error)}")
+
+    def _save(self, data: bytes) -> None:
+        if isinstance(self._path, Path):
+            _append(self._path, data)
+            return
+        folders.write(self._path, self._saved + data)
+        self._saved += data
 
     def write(
         self, kind: str, step: int, values: Mapping[str, float], *, budget: int | None = None
@@ -80,17 +126,14 @@ class MetricWriter:
           values: name -> number.
           budget: the solver budget of an evaluation.
         """
-        if not self._enabled:
+        if self._events is None:
             return
         tags = {} if budget is None else {"budget": budget}
         self._unsaved.append(_line({"kind": kind, "step": step, **tags, **values}))
-        try:
-            _append(self._path, b"".join(self._unsaved))
-            self._unsaved.clear()
-        except OSError as error:
-            self._say(f"metrics of step {step} wait in memory: {self._path}: {error.strerror}")
         suffix = "" if budget is None else f"/budget_{budget}"
         self._events.write({f"{kind}/{name}{suffix}": v for name, v in values.items()}, step)
+        if isinstance(self._path, Path) or time.monotonic() - self._flushed > _PERIOD:
+            self.flush()
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
@@ -114,17 +157,21 @@ def _append(path: Path, data: bytes) -> None:
 class _EventFile:
     """A TensorBoard file, written in the calling thread.
 
-    The usual SummaryWriter writes from a thread of its own, where a full disk ends in a traceback
-    that nobody can catch.
+    SummaryWriter writes from a thread of its own, where nobody can catch the error of a full disk.
+    Its EventsWriter names files by the second, and so overwrites that of a run started just before.
     """
 
-    def __init__(
-        self, workdir: str | os.PathLike[str], step: int, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, workdir: Folder, step: int, say: Callable[[str], None]) -> None:
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+        from tensorboardX.record_writer import RecordWriter
 
         self._say, self._event = say, Event
-        self._path: Path | None = Path(workdir) / f"events.out.tfevents.{time.time_ns()}"
+        self._target = workdir / f"events.out.tfevents.{time.time_ns()}"
+        self._local, self._temporary = self._target, None
+        if folders.is_remote(workdir):
+            self._temporary = tempfile.TemporaryDirectory()
+            self._local = Path(self._temporary.name) / self._target.name
+        self._records: RecordWriter | None = RecordWriter(str(self._local))
         first = [Event(wall_time=time.time(), file_version="brain.Event:2")]
         if step:  # TensorBoard forgets what older files hold from here on
             start = SessionLog(status=SessionLog.START)
@@ -144,18 +191,26 @@ class _EventFile:
         )
 
     def _put(self, events: list[Any]) -> None:
-        from tensorboardX.record_writer import masked_crc32c
-
-        if self._path is None:
+        if self._records is None:
             return
-        parts = []
-        for event in events:  # the TFRecord frame: length, its checksum, data, its checksum
-            data = event.SerializeToString()
-            length = struct.pack("<Q", len(data))
-            parts += [length, struct.pack("<I", masked_crc32c(length))]
-            parts += [data, struct.pack("<I", masked_crc32c(data))]
         try:
-            _append(self._path, b"".join(parts))
+            for event in events:
+                self._records.write(event.SerializeToString())
+            self._records.flush()
         except OSError as error:
-            self._path = None
             self._say(f"no more TensorBoard events are written: {error.strerror}")
+            self.close()
+
+    def flush(self) -> None:
+        """Copies the file to gs://; what fails is made up for by the next copy."""
+        if self._records is not None and self._temporary is not None:
+            with contextlib.suppress(*folders.errors(self._target)):
+                self._target.write_bytes(self._local.read_bytes())
+
+    def close(self) -> None:
+        if self._records is not None:
+            with contextlib.suppress(OSError):  # after a failure it tries once more
+                self._records.close()
+        self._records = None
+        if self._temporary is not None:
+            self._temporary.cleanup()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TypeVar
 
-from deq_jax.training import Config, option, require
+from deq_jax.training import Config, folders, option, require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,5 +63,5 @@ def in_folder(config: ConfigT, name: str, **changes: object) -> ConfigT:
       >>> Path(in_folder(Config(workdir="runs/a"), "jr").workdir).parts[-2:]
       ('a', 'jr')
     """
-    folder = Path(config.workdir).expanduser().absolute()
+    folder = folders.parse(config.workdir)
     return dataclasses.replace(config, workdir=str(folder / name), **changes)

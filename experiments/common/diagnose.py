@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ import deq_jax as deq
 from deq_jax import tree
 from deq_jax.diagnosis import Diagnosis, diagnose
 from deq_jax.solvers import Solution
-from deq_jax.training import Config, DataIterator, Task, UsageError, weights
+from deq_jax.training import Config, DataIterator, Task, UsageError, folders, weights
 from deq_jax.training.checkpoint import saved_steps
 from deq_jax.training.parallel import batch_sharding, place, replicated, split_leaves
 from deq_jax.training.state import once, split_seed
@@ -55,7 +54,9 @@ def run(
             f"got --diagnose in a run of {jax.process_count()} processes; wanted one: a few "
             "examples are diagnosed, on one device; start it again in a single process"
         )
-    trained = {n: p for n, p in parts.items() if saved_steps(Path(p.workdir) / "checkpoints")}
+    trained = {
+        n: p for n, p in parts.items() if saved_steps(folders.parse(p.workdir) / "checkpoints")
+    }
     chosen = trained or dict([next(iter(parts.items()))])
     start, reports = train_data.get_state(), []
     for name, part in chosen.items():
@@ -81,13 +82,13 @@ def load(config: Config, task: Task, mesh: Mesh) -> tuple[Any, Any, str]:
     Raises:
       UsageError: they cannot be read, or are of another model.
     """
-    folder = Path(config.workdir)
+    folder = folders.parse(config.workdir)
     if not saved_steps(folder / "checkpoints"):
         key = split_seed(config.train.seed)[0]
         params, extra = once(partial(init, task), mesh, replicated(mesh))(key)
         if not config.init_from:
             return params, extra, f"at its initial weights (no checkpoint in {folder})"
-        loaded = weights.load(Path(config.init_from))
+        loaded = weights.load(config.init_from)
         return *weights.adopt((params, extra), loaded, print), f"weights of {config.init_from}"
     loaded = weights.load(folder)
     wanted = jax.eval_shape(partial(init, task), jax.random.key(0))

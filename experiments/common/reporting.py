@@ -274,7 +274,8 @@ def save(figure: Figure, path: Path) -> None:
       path: of the PNG.
     """
     if distributed.is_first():
-        figure.savefig(path)
+        with path.open("wb") as file:
+            figure.savefig(file, format=path.suffix[1:])
 
 
 def write(folder: Path, text: str, numbers: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 
 from deq_jax.data import corpora, text
 from deq_jax.models.transformer import DEQTransformer, ExplicitTransformer
-from deq_jax.training import UsageError, weights
+from deq_jax.training import UsageError, folders, weights
 from deq_jax.training.task import for_phase, has_solver
 from experiments.language_modeling import data
 from experiments.language_modeling.config import LanguageConfig, SampleConfig
@@ -76,9 +75,9 @@ def load(config: LanguageConfig, model: LanguageModel) -> Any:
     Raises:
       UsageError: there are none, or they are of another model.
     """
-    workdir = Path(config.workdir).expanduser()
+    workdir = folders.parse(config.workdir)
     found = [workdir / name for name in FOLDERS if (workdir / name / "checkpoints").exists()]
-    folder = Path(config.init_from) if config.init_from else (*found, workdir)[0]
+    folder = folders.parse(config.init_from) if config.init_from else (*found, workdir)[0]
     params, _ = weights.load(folder)
     text = jnp.zeros((1, 1), jnp.int32)
     start = partial(model.init, train=False)
