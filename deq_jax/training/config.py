@@ -332,7 +332,9 @@ class Config:
     """What every experiment needs; experiments inherit and add `model` and `data`."""
 
     workdir: str = option(
-        "runs/default", "folder of checkpoints, metrics and plots", may_change=True
+        "runs/default",
+        "folder of checkpoints, metrics and plots, local or gs://BUCKET/FOLDER",
+        may_change=True,
     )
     init_from: str = option(
         "",
