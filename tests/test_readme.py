@@ -1,4 +1,4 @@
-"""README.md is true: its Python runs, its commands are those of CI, its files exist."""
+"""README.md and docs/ are true: their Python runs, their commands and links exist."""
 
 import configparser
 import re
@@ -9,21 +9,34 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_python_blocks_run_in_order(capsys):
-    names: dict = {"__name__": "readme"}
-    for number, block in enumerate(blocks("python")):
-        exec(compile(block, f"README.md, Python block {number}", "exec"), names)
-    assert jnp.all(jnp.isfinite(names["grads"]["W"]))
-    assert bool(names["stats"].converged.all())
-    assert names["penalty"] > 0
-    assert names["rho"].shape == (8,)
+def run(page: Path) -> dict:
+    """The names that the page's Python blocks leave, run one after the other."""
+    names: dict = {"__name__": "page"}
+    for number, block in enumerate(blocks("python", page.read_text(encoding="utf-8"))):
+        exec(compile(block, f"{page.name}, Python block {number}", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text("utf-8")])
+def test_python_blocks_run_in_order(page, capsys):
+    names = run(page)
+    if page.name in ("README.md", "library.md"):
+        assert jnp.all(jnp.isfinite(names["grads"]["W"]))
+        assert bool(names["stats"].converged.all())
+        (advice,) = blocks("text", page.read_text(encoding="utf-8"))
+        assert advice.split() == names["diagnosis"].advice[0].split()
     capsys.readouterr()
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150 and len(README.split()) <= 950
 
 
 def test_two_commands_set_up_from_nothing():
@@ -65,19 +78,39 @@ def test_extras_are_those_of_setup_cfg():
 def test_extras_that_are_named_exist():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
-    kinds = ("*.md", ".ci/run", "notebooks/*", "deq_jax/**/*.py", "experiments/**/*.py")
+    kinds = (
+        "*.md",
+        "docs/**/*.md",
+        ".ci/run",
+        "notebooks/*",
+        "deq_jax/**/*.py",
+        "experiments/**/*.py",
+    )
     texts = [p.read_text(encoding="utf-8") for kind in kinds for p in ROOT.glob(kind)]
     named = re.findall(r"(?:\.|deq_jax)\[([a-z,]+)\]|with its extra (\w+)", "\n".join(texts))
     extras = set(",".join(",".join(names) for names in named).split(",")) - {""}
     assert {"examples", "test", "hub"} <= extras <= set(setup["options.extras_require"])
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", README))
-def test_linked_files_exist(target):
-    assert (ROOT / target).exists()
+def links():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
+            yield pytest.param(page, target, id=f"{page.name}-{target}")
 
 
-def test_modules_named_in_commands_exist():
-    for module in re.findall(r"python -m ((?:experiments|benchmarks)\.[\w.]+)", README):
+@pytest.mark.parametrize(("page", "target"), list(links()))
+def test_links_lead_somewhere(page, target):
+    name, _, heading = target.partition("#")
+    file = page.parent / name if name else page
+    assert file.exists()
+    if heading:
+        heads = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert heading in [head.lower().replace(" ", "-") for head in heads]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_named_in_commands_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for module in re.findall(r"python -m ((?:experiments|benchmarks|deq_jax)\.[\w.]+)", text):
         if "TASK" not in module:
-            assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+            assert (ROOT / (module.rstrip(".").replace(".", "/") + ".py")).exists(), module
