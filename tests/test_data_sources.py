@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from deq_jax.data import augment, images, pipeline, segmentation, sources
+from deq_jax.errors import UsageError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "tfds"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="no image sets beside the project")
@@ -70,6 +71,12 @@ def test_a_prepared_set_is_read_without_tensorflow(prepared):
     assert set(source[0]) == {"image", "label"}
     assert len(sources.open_tfds("shapes", "train[:3]", str(prepared))) == 3
     assert len(sources.open_tfds("shapes", "train+test", str(prepared))) == 10
+
+
+def test_sets_in_a_bucket_are_refused_in_one_sentence():
+    for folder in ("gs://bucket/sets", "s3://bucket/sets"):
+        with pytest.raises(UsageError, match=rf"got the folder {folder}; wanted a local"):
+            sources.open_tfds("cifar10", "train", folder)
 
 
 def test_missing_sets_are_told_with_the_command(prepared, tmp_path):

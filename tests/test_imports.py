@@ -19,7 +19,17 @@ SOURCES += sorted((ROOT / "benchmarks").rglob("*.py"))
 CORE = {"tree", "traced", "solvers", "adjoints", "fixed_point", "jacobian"}
 CORE |= {"correction", "reparam", "masks", "init"}
 LAYERS = CORE | {"linen", "nnx"}
-PARTS = {"testing", "diagnosis", "check", "models", "data", "training", "convert"}
+PARTS = {
+    "errors",
+    "folders",
+    "testing",
+    "diagnosis",
+    "check",
+    "models",
+    "data",
+    "training",
+    "convert",
+}
 # Part of the library -> (parts it may import, other packages it may import).
 TABLE = {
     "": (LAYERS | PARTS, set()),
@@ -39,12 +49,14 @@ TABLE = {
     "nnx": ({"adjoints", "fixed_point", "solvers", "masks", "tree"}, {"jax", "flax"}),
     "testing": (CORE, {"jax", "numpy"}),
     "models": (LAYERS, {"jax", "flax", "numpy"}),
+    "errors": (set(), set()),
+    "folders": ({"errors"}, {"etils"}),
     "data": (
-        set(),
+        {"errors", "folders"},
         {"numpy", "grain", "absl", "tensorflow_datasets", "sklearn", "PIL", "datasets"},
     ),
     "training": (
-        CORE,
+        CORE | {"errors", "folders"},
         {
             "jax",
             "flax",
@@ -59,11 +71,11 @@ TABLE = {
         }
         | {"safetensors"},
     ),
-    "convert": ({"training"}, {"numpy", "torch"}),
+    "convert": ({"errors", "training"}, {"numpy", "torch"}),
 }
 # Heavy packages that only the function using them may import.
 LATE = {"grain", "tensorflow_datasets", "sklearn", "PIL", "torch", "matplotlib", "tensorboardX"}
-LATE |= {"datasets", "safetensors"}
+LATE |= {"datasets", "etils", "safetensors"}
 
 
 def parse(path: Path) -> ast.Module:

@@ -14,7 +14,10 @@ import training_example as example
 from test_checkpoint import HOST, assert_same, make_state, opened, restore, write
 from test_training_loop import config_for, run, without_times
 
-from deq_jax.training import Interrupted, UsageError, folders, read_history, weights, workdir
+from deq_jax import folders
+from deq_jax.data import corpora
+from deq_jax.data.sources import MissingData
+from deq_jax.training import Interrupted, UsageError, read_history, weights, workdir
 from deq_jax.training.writers import MetricWriter
 
 
@@ -53,6 +56,17 @@ def test_other_schemes_are_refused_in_a_sentence_and_create_nothing(store, name)
 def test_a_name_whose_slashes_pathlib_has_merged_is_still_remote():
     assert str(folders.parse(Path("gs://bucket/run"))) == "gs://bucket/run"
     assert folders.parse("c:/run") == Path("c:/run").absolute()
+
+
+def test_texts_are_read(store):
+    folder = store / "bucket" / "text"
+    folder.mkdir(parents=True)
+    for split in ("train", "valid", "test"):
+        (folder / f"wiki.{split}.tokens").write_text(f"{split} the end\n")
+    found = corpora.wiki_files("gs://bucket/text")
+    assert found["valid"] == b"valid the end\n"
+    with pytest.raises(MissingData, match=r"gs://bucket/other/wiki.train.tokens cannot be read"):
+        corpora.wiki_files("gs://bucket/other")
 
 
 def test_a_run_is_stopped_and_resumed_exactly(store, tmp_path):

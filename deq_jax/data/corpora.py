@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
-from pathlib import Path
 
+from deq_jax import folders
 from deq_jax.data.sources import MissingData, open_tfds
 from deq_jax.data.text import SPLITS, UNKNOWN
 
@@ -19,11 +20,11 @@ RARE = 3
 """Words of Python's documentation that the training topics have less often become ``<unk>``."""
 
 
-def wiki_files(folder: Path, name: str = "") -> dict[str, bytes]:
+def wiki_files(folder: str | os.PathLike[str], name: str = "") -> dict[str, bytes]:
     """Reads ``wiki.{train,valid,test}.tokens``.
 
     Args:
-      folder: where they are.
+      folder: where they are, local or gs://BUCKET/FOLDER.
       name: "wikitext-2" or "wikitext-103", whose number of words is checked; "" for other texts.
 
     Returns:
@@ -38,12 +39,13 @@ def wiki_files(folder: Path, name: str = "") -> dict[str, bytes]:
     """
     texts = {}
     for split in SPLITS:
-        path = Path(folder).expanduser() / f"wiki.{split}.tokens"
+        path = folders.parse(folder) / f"wiki.{split}.tokens"
         try:
             texts[split] = path.read_bytes()
-        except OSError as error:
+        except folders.errors(path) as error:
+            reason = folders.reason(error)
             raise MissingData(
-                f"{path} cannot be read ({error.strerror}); wanted the files wiki.train.tokens, "
+                f"{path} cannot be read ({reason}); wanted the files wiki.train.tokens, "
                 "wiki.valid.tokens and wiki.test.tokens of WikiText, word level, in one folder "
                 "(--data.dir), or a prepared TFDS set: python -m deq_jax.data.wikitext --help"
             ) from error

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from deq_jax.data.records import Record
-from deq_jax.data.sources import MissingData
+from deq_jax.data.sources import MissingData, local_folder
 
 _MODES = ("RGB", "L", "I", "I;16", "F")
 """Modes of Pillow whose arrays are [H, W, 3] or [H, W]; images of others are converted."""
@@ -121,7 +121,7 @@ def open_hub(name: str, split: str, data_dir: str = "") -> HubImages:
 
 def _open(datasets: Any, name: str, data_dir: str) -> Mapping[str, Any]:
     """The splits of a stored set, by name."""
-    folder = Path(data_dir).expanduser() / Path(name).expanduser()
+    folder = local_folder(data_dir) / Path(name).expanduser()
     saved = any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
     try:
         if saved:

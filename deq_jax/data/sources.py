@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from deq_jax import folders
 from deq_jax.data.images import InMemory
 from deq_jax.data.records import (
     OnCorrupt,
@@ -21,6 +22,7 @@ from deq_jax.data.records import (
     fetch,
     name_of,
 )
+from deq_jax.errors import UsageError
 
 CHUNK = 256
 """Examples read at once: one call for each record would take most of the time of decoding."""
@@ -59,7 +61,7 @@ def open_tfds(name: str, split: str, data_dir: str = "") -> Any:
             "pip install tensorflow-datasets array_record, or deq_jax with its extra data"
         ) from None
     default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    folder = Path(data_dir or default).expanduser()
+    folder = local_folder(data_dir or default)
     command = f"tfds build {name} --file_format=array_record --data_dir={folder}"
     how = f"prepare it once, with TensorFlow installed: {command}"
     try:
@@ -79,6 +81,31 @@ def open_tfds(name: str, split: str, data_dir: str = "") -> Any:
         if part.split("[")[0] not in known:
             raise ValueError(f"got split {split!r} of {name}; wanted one of {known}, or a slice")
     return builder.as_data_source(split=split)
+
+
+def local_folder(name: str) -> Path:
+    """A folder of data that only local readers can open.
+
+    Args:
+      name: as the user writes it.
+
+    Returns:
+      The path.
+
+    Raises:
+      UsageError: it begins with gs:// or another scheme.
+
+    Example:
+      >>> local_folder("data/tfds").name
+      'tfds'
+    """
+    folder = folders.parse(name)
+    if not isinstance(folder, Path):
+        raise UsageError(
+            f"got the folder {name}; wanted a local one, since the files of this set are read "
+            "where they are: mount the bucket (gcsfuse) or copy the set"
+        )
+    return folder
 
 
 def num_classes(source: Any) -> int | None:

@@ -17,9 +17,10 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from deq_jax import folders
 from deq_jax.errors import UsageError
-from deq_jax.training import distributed, folders
-from deq_jax.training.folders import Folder, first_line
+from deq_jax.folders import Folder, first_line
+from deq_jax.training import distributed
 from deq_jax.training.state import TrainState
 
 _UNFINISHED = ".orbax-checkpoint-tmp"

@@ -14,8 +14,9 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from deq_jax import folders
 from deq_jax.errors import Diverged, Interrupted, UsageError
-from deq_jax.training import distributed, fields, folders, metrics, weights, workdir
+from deq_jax.training import distributed, fields, metrics, weights, workdir
 from deq_jax.training.checkpoint import CheckpointError, Checkpoints
 from deq_jax.training.config import Config
 from deq_jax.training.console import Console

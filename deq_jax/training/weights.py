@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deq_jax import __version__
+from deq_jax import __version__, folders
 from deq_jax.errors import UsageError
-from deq_jax.training import folders
 from deq_jax.training.checkpoint import Checkpoints, first_line, read, saved_steps
 
 _FOLDER = "checkpoints"

@@ -13,10 +13,11 @@ from typing import TextIO, cast
 
 import jax
 
+from deq_jax import folders
 from deq_jax.errors import UsageError
-from deq_jax.training import distributed, fields, folders
+from deq_jax.folders import Folder
+from deq_jax.training import distributed, fields
 from deq_jax.training.config import Config
-from deq_jax.training.folders import Folder
 
 CONFIG = "config.json"
 LOCK = "lock"

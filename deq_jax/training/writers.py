@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from deq_jax.training import folders
-from deq_jax.training.folders import Folder
+from deq_jax import folders
+from deq_jax.folders import Folder
 
 HISTORY = "metrics.jsonl"
 _PERIOD = 30

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TypeVar
 
-from deq_jax.training import Config, folders, option, require
+from deq_jax import folders
+from deq_jax.training import Config, option, require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

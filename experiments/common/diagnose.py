@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import deq_jax as deq
-from deq_jax import tree
+from deq_jax import folders, tree
 from deq_jax.diagnosis import Diagnosis, diagnose
 from deq_jax.solvers import Solution
-from deq_jax.training import Config, DataIterator, Task, UsageError, folders, weights
+from deq_jax.training import Config, DataIterator, Task, UsageError, weights
 from deq_jax.training.checkpoint import saved_steps
 from deq_jax.training.parallel import batch_sharding, place, replicated, split_leaves
 from deq_jax.training.state import once, split_seed

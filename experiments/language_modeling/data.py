@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from deq_jax import folders
 from deq_jax.data import corpora, text
 from deq_jax.training import DataIterator, EvalData, UsageError
 from experiments.language_modeling.config import DataConfig, LanguageConfig
@@ -102,8 +103,8 @@ def open_corpus(data: DataConfig) -> text.Corpus:
     """
     if data.name == "prose":
         return text.corpus(corpora.prose())
-    if data.name == "text" or any(Path(data.dir or "/nowhere").glob("wiki.*.tokens")):
-        texts = corpora.wiki_files(Path(data.dir), "" if data.name == "text" else data.name)
+    if data.name == "text" or any(folders.parse(data.dir or "/nowhere").glob("wiki.*.tokens")):
+        texts = corpora.wiki_files(data.dir, "" if data.name == "text" else data.name)
     else:
         texts = corpora.wiki_tfds(data.name, data.dir)
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deq_jax"

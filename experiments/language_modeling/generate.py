@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deq_jax import folders
 from deq_jax.data import corpora, text
 from deq_jax.models.transformer import DEQTransformer, ExplicitTransformer
-from deq_jax.training import UsageError, folders, weights
+from deq_jax.training import UsageError, weights
 from deq_jax.training.task import for_phase, has_solver
 from experiments.language_modeling import data
 from experiments.language_modeling.config import LanguageConfig, SampleConfig

@@ -1,4 +1,4 @@
-"""Folders of runs: local ones, and those of Google Cloud Storage."""
+"""Folders that a user names: local ones, and those of Google Cloud Storage."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import os
 import re
 import shutil
 from pathlib import Path
-
-from etils import epath
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from deq_jax.errors import UsageError
 
-Folder = Path | epath.Path
+if TYPE_CHECKING:
+    from etils import epath
+
+    Folder: TypeAlias = Path | epath.Path
+else:
+    Folder = Any
 """A local path, or one that begins with gs://; both have the methods of `pathlib.Path`."""
 
 
@@ -39,6 +43,8 @@ def parse(name: str | os.PathLike[str]) -> Folder:
         return Path(text).expanduser().absolute()
     if scheme[1] != "gs" or scheme.end() == len(text):
         raise UsageError(f"got the folder {text}; wanted a local folder or gs://BUCKET/FOLDER")
+    from etils import epath
+
     return epath.Path(f"gs://{text[scheme.end() :]}")
 
 
