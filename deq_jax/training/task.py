@@ -36,7 +36,7 @@ class Task:
     The model is a Linen module.  One with a DEQ layer has the attributes ``solver`` and
     ``adjoint``, which training replaces for warm-up and evaluation, and is called as
 
-        (output, solution) = model(*inputs, train=..., max_steps=..., probe=...)
+        ``(output, solution) = model(*inputs, train=..., max_steps=..., probe=...)``
 
     A module without the attribute ``solver`` is an explicit network: ``output = model(*inputs,
     train=...)``.  Collections other than "params" may change in training steps.  The random
