@@ -88,8 +88,8 @@ def make_update(
       warmup: True for the phase that trains the weight-tied unrolled network.
 
     Returns:
-      A function (state, batch) -> (state, metrics), a `Mean` each that stands for all devices: "loss",
-      the task's own, statistics of both solves, "penalty", "budget", "gamma", "lr", "grad_norm",
+      A function (state, batch) -> (state, metrics), a `Mean` each that stands for all devices:
+      "loss", the task's own, statistics of both solves, "penalty", "budget", "gamma", "lr", "grad_norm",
       "skipped".
 
     Example:
