@@ -89,8 +89,8 @@ def make_update(
 
     Returns:
       A function (state, batch) -> (state, metrics), a `Mean` each that stands for all devices:
-      "loss", the task's own, statistics of both solves, "penalty", "budget", "gamma", "lr", "grad_norm",
-      "skipped".
+      "loss", the task's own, statistics of both solves, "penalty", "budget", "gamma", "lr",
+      "grad_norm", "skipped".
 
     Example:
       >>> update = make_update(task, config, optimizer, axis="data")  # doctest: +SKIP
