@@ -116,7 +116,7 @@ def tiny(folder):
         train=steps,
         solver=SolverConfig(name="picard", max_steps=3),
         backward=BackwardConfig(name="unroll", max_steps=1),
-        eval=EvalConfig(max_steps=3, budgets=(2,)),
+        eval=EvalConfig(max_steps=3, budgets=(2,), spectral_batches=1, spectral_iters=3),
         jac=JacConfig(),
         drawn=2,
     )
