@@ -1,1 +1,1 @@
-"""The experiments: one folder a task, each with main.py, config.py, task.py and report.py."""
+"""The experiments, one folder a task; `common` holds what they share."""

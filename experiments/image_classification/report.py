@@ -62,7 +62,7 @@ def measure(config: ImageConfig, model: Trained, traces: np.ndarray) -> dict[str
 
     Returns:
       "accuracy" (budget -> share), "converged_accuracy", "top5" (with more than five classes),
-      `experiments.report.training_numbers`, and for an equilibrium "steps_median" and "steps_90"
+      `reporting.training_numbers`, and for an equilibrium "steps_median" and "steps_90"
       (evaluations of f within which half and nine tenths are solved; inf: more than the budget),
       "unconverged" (share), "spectral_radius", "penalty".
     """

@@ -35,7 +35,7 @@ def measure(config: SegmentationConfig, model: Trained) -> dict[str, Any]:
     Returns:
       "miou" (budget -> share), "accuracy" and "iou" (class -> share) at the main budget, "steps",
       "unconverged", "spectral_radius", "penalty", None for what was not measured; and
-      `experiments.report.training_numbers`.
+      `reporting.training_numbers`.
     """
     final = model.result.evaluation
     main = final[config.eval_steps]
