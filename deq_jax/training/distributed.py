@@ -239,7 +239,7 @@ class PreemptionSync:
         self._reduce = jax.jit(jnp.max, out_shardings=replicated(mesh))
 
     def poll(self, number: int | None) -> int:
-        """Gives this process's vote and reads an earlier outcome; every process calls it once a step.
+        """Votes and reads an earlier outcome; every process calls it once a step.
 
         Args:
           number: the signal that came to this process, or None.
