@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal  # datasets replaces np of the module of a builder
 from test_corrupt import equal, take
 
 from deq_jax.data import hub, images, pipeline, sources
@@ -63,14 +64,14 @@ def test_a_saved_set_is_a_source(folder):
     assert len(source) == COUNT and source.num_classes == sources.num_classes(source) == CLASSES
     assert source.name == "hf:shapes/train"
     for i in (0, COUNT - 1):
-        np.testing.assert_array_equal(source[i]["image"], picture(i))
+        assert_array_equal(source[i]["image"], picture(i))
         assert source[i]["label"] == i % CLASSES and source[i]["label"].dtype == np.int32
         assert set(source[i]) == {"image", "label"}
     first, second = source.__getitems__(np.array([7, 2]))
-    np.testing.assert_array_equal(first["image"], picture(7))
-    np.testing.assert_array_equal(second["image"], picture(2))
+    assert_array_equal(first["image"], picture(7))
+    assert_array_equal(second["image"], picture(2))
     copy = pickle.loads(pickle.dumps(source))  # to a process that decodes
-    np.testing.assert_array_equal(copy[5]["image"], picture(5))
+    assert_array_equal(copy[5]["image"], picture(5))
     assert hub.open_hub(str(folder / "shapes"), "test")[0]["label"] == COUNT % CLASSES
 
 
@@ -86,7 +87,7 @@ def test_splits_are_sliced_and_joined(folder, split, places):
     source = hub.open_hub("shapes", split, str(folder))
     assert len(source) == len(places)
     for record, place in zip(source.__getitems__(range(len(source))), places, strict=True):
-        np.testing.assert_array_equal(record["image"], picture(place))
+        assert_array_equal(record["image"], picture(place))
 
 
 def test_a_set_of_one_part_is_named_train(folder):
@@ -113,7 +114,7 @@ def test_columns_are_found_by_their_types(datasets, tmp_path):
     assert opened(coarse).num_classes == 9
     # What a set was last used with does not matter.
     raw = make(datasets, range(3)).cast_column("img", datasets.Image(decode=False))
-    np.testing.assert_array_equal(opened(raw.with_format("numpy"))[1]["image"], picture(1))
+    assert_array_equal(opened(raw.with_format("numpy"))[1]["image"], picture(1))
     for missing, listed in (("img", r"id \(Value\), label \(Cl"), ("label", r"id \(Value\), img")):
         with pytest.raises(ValueError, match=rf"got the columns {listed}.*wanted one of type Ima"):
             opened(make(datasets, range(3)).remove_columns(missing))
@@ -200,7 +201,7 @@ def test_a_cached_set_is_opened(datasets, tmp_path, monkeypatch):
             monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
         source = hub.open_hub("somebody/dots", "train[1:]", data_dir)
         assert len(source) == 4 and source.num_classes == CLASSES
-        np.testing.assert_array_equal(source[0]["image"], picture(1))
+        assert_array_equal(source[0]["image"], picture(1))
 
 
 def test_missing_and_damaged_sets_are_told_with_the_command(folder, tmp_path, monkeypatch):
