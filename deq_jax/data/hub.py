@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from deq_jax import folders
 from deq_jax.data.records import Record
 from deq_jax.data.sources import MissingData, local_folder
 
@@ -138,7 +139,7 @@ def _open(datasets: Any, name: str, data_dir: str) -> Mapping[str, Any]:
             )
             found = cache.as_dataset()
     except Exception as error:  # of datasets, of Arrow, of the file system
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = folders.first_line(error)
         if saved:
             raise MissingData(
                 f"the image set {name} in {folder} cannot be opened ({reason}); save it again by "

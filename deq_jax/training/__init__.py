@@ -13,12 +13,12 @@ from deq_jax.training.config import (
     require,
 )
 from deq_jax.training.evaluation import Evaluator, evaluate
-from deq_jax.training.loop import TrainResult, Writer, train
+from deq_jax.training.loop import TrainResult, train
 from deq_jax.training.metrics import Mean
 from deq_jax.training.state import TrainState
 from deq_jax.training.step import make_train_step
 from deq_jax.training.task import Batch, DataIterator, EvalData, Pass, Task
-from deq_jax.training.writers import read_history
+from deq_jax.training.writers import Writer, read_history
 
 __all__ = [
     "BackwardConfig",

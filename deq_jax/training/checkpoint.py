@@ -449,9 +449,7 @@ def _files(folder: Path) -> dict[str, list[int]]:
 
 def _seal(folder: Path) -> None:
     """Writes down what a complete checkpoint consists of."""
-    temporary = folder / f"{_MANIFEST}.tmp"
-    temporary.write_text(json.dumps(_files(folder)))
-    temporary.replace(folder / _MANIFEST)
+    folders.write(folder / _MANIFEST, json.dumps(_files(folder)).encode())
 
 
 def _check_files(folder: Folder) -> None:

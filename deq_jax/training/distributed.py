@@ -117,6 +117,29 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def per_process(name: str, size: int) -> int:
+    """The part of a batch that each process reads.
+
+    Args:
+      name: of the size, for the message.
+      size: examples in the batch, over all processes.
+
+    Returns:
+      Examples in the batch of one process.
+
+    Raises:
+      UsageError: ``size`` is not a multiple of the number of processes.
+
+    Example:
+      >>> per_process("train.batch_size", 16)
+      16
+    """
+    processes = jax.process_count()
+    if size % processes:
+        raise UsageError(f"{name} must divide by the {processes} processes, got {size}")
+    return size // processes
+
+
 def largest(value: int) -> int:
     """The largest of the processes' numbers; all of them must call it.
 

@@ -124,6 +124,7 @@ class Evaluator:
         merged: dict[int, dict[str, Mean]] = {budget: {} for budget in budgets}
         diagnosed: dict[str, Mean] = {}
         carries = {budget: self._first_carry() for budget in budgets}
+        limits = {budget: jnp.int32(budget) for budget in budgets}
         pending: list[tuple[dict[int, Any], dict[str, Mean]]] = []  # on the devices
 
         def fetch(count: int) -> None:
@@ -143,10 +144,9 @@ class Evaluator:
             for budget in budgets:
                 # The optimiser's state is of no use here, and need not be traced.
                 now = dataclasses.replace(state, opt_state=None, carry=carries[budget])
-                max_steps = jnp.int32(budget)
-                measured[budget], carries[budget] = self._step(now, placed, max_steps)
+                measured[budget], carries[budget] = self._step(now, placed, limits[budget])
                 if budget == self._config.eval_steps and index < self._config.eval.spectral_batches:
-                    diagnosis, _ = self._diagnose(now, placed, max_steps)
+                    diagnosis, _ = self._diagnose(now, placed, limits[budget])
             pending.append((measured, diagnosis))
             if len(pending) > _AHEAD:
                 fetch(1)

@@ -21,6 +21,7 @@ from absl import app
 from absl import flags as absl_flags
 from absl import logging as absl_logging
 
+from deq_jax import folders
 from deq_jax.errors import Interrupted, UsageError
 from deq_jax.training import distributed, fields
 from deq_jax.training.distributed import PeerMonitor
@@ -143,10 +144,9 @@ def find_defaults(
         tree = json.loads(Path(given["config"]).expanduser().read_text(encoding="utf-8"))
         return name, fields.from_dict(presets[name], tree)
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"got --config={given['config']}: {reason}; wanted the config.json of a run of this "
-            "program"
+            f"got --config={given['config']}: {folders.reason(error)}; wanted the config.json of a "
+            "run of this program"
         ) from error
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import jax
 import optax
@@ -27,7 +27,7 @@ from deq_jax.training.parallel import make_mesh, place, require_even
 from deq_jax.training.state import TrainState, abstract_state, create_state
 from deq_jax.training.step import make_train_step
 from deq_jax.training.task import DataIterator, EvalData, Task
-from deq_jax.training.writers import MetricWriter, read_history
+from deq_jax.training.writers import MetricWriter, Writer, read_history
 
 # Steps that the host may be ahead of the devices: enough to keep them busy, few enough that a
 # request to stop is honoured soon and that batches do not pile up.
@@ -39,23 +39,6 @@ Evaluation = dict[int, dict[str, float]]
 
 Callback = Callable[[int, TrainState, Evaluation | None], None]
 """(finished steps, state, evaluation after this step or None) -> None."""
-
-
-class Writer(Protocol):
-    """Receives metrics: any object with this method."""
-
-    def write(
-        self, kind: str, step: int, values: Mapping[str, float], *, budget: int | None = None
-    ) -> None:
-        """Writes one set of metrics.
-
-        Args:
-          kind: "train" or "eval".
-          step: the number of finished steps.
-          values: metric -> number.
-          budget: of the solver, for an evaluation.
-        """
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +167,7 @@ class _Run:
         self.config, self.data, self.evaluator, self.mesh = config, train_data, evaluator, mesh
         self.folder, self.console, self.checkpoints = folder, console, checkpoints
         self.summarize, self.callbacks = task.summarize, tuple(callbacks)
-        self.hidden = () if optimizer is None else ("lr",)
+        self.shows_rate = optimizer is None  # another optimizer has its own
         if optimizer is None:
             optimizer = make_optimizer(config.optim, config.train.steps)
         self.warmup_step = make_train_step(task, config, optimizer, mesh, warmup=True)
@@ -321,8 +304,8 @@ class _Run:
     def _log(self) -> None:
         self._flush()
         values = self.summarize(self.window)
-        for name in self.hidden:
-            values.pop(name, None)
+        if not self.shows_rate:
+            values.pop("lr", None)
         seconds, since = time.perf_counter() - self.clock[0], self.clock[1]
         if self.step > since:
             values["steps_per_second"] = (self.step - since) / seconds

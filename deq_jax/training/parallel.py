@@ -220,6 +220,29 @@ def make_fixed_point(config: Config, mesh: Mesh | None, x_axes: Any = 0) -> Call
     return in_bfloat16(solve) if config.precision == "bf16" else solve
 
 
+def solve_options(config: Config, mesh: Mesh | None, x_axes: Any = 0) -> dict[str, Any]:
+    """The fields by which a model with a DEQ layer is told how to solve.
+
+    Args:
+      config: solver, backward, jac and precision are read.
+      mesh: see `make_fixed_point`.
+      x_axes: see `make_fixed_point`.
+
+    Returns:
+      "solver", "adjoint", "keep" and "fixed_point".
+
+    Example:
+      >>> sorted(solve_options(Config(), None))
+      ['adjoint', 'fixed_point', 'keep', 'solver']
+    """
+    return {
+        "solver": config.build_solver(),
+        "adjoint": config.backward.build_adjoint(),
+        "keep": config.solver.keep,
+        "fixed_point": make_fixed_point(config, mesh, x_axes),
+    }
+
+
 def leaf_sharding(leaf: Any, mesh: Mesh, shard_above: int | None) -> NamedSharding:
     """Where an array of parameters lives.
 

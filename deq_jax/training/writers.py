@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from deq_jax import folders
 from deq_jax.folders import Folder
@@ -38,6 +38,23 @@ def read_history(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         return []
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is unfinished
     return [json.loads(line) for line in lines]
+
+
+class Writer(Protocol):
+    """Receives metrics: any object with this method."""
+
+    def write(
+        self, kind: str, step: int, values: Mapping[str, float], *, budget: int | None = None
+    ) -> None:
+        """Writes one set of metrics.
+
+        Args:
+          kind: "train" or "eval".
+          step: the number of finished steps.
+          values: metric -> number.
+          budget: of the solver, for an evaluation.
+        """
+        ...
 
 
 class MetricWriter:
@@ -118,14 +135,7 @@ class MetricWriter:
     def write(
         self, kind: str, step: int, values: Mapping[str, float], *, budget: int | None = None
     ) -> None:
-        """Writes one record.
-
-        Args:
-          kind: "train" or "eval".
-          step: the number of finished steps.
-          values: name -> number.
-          budget: the solver budget of an evaluation.
-        """
+        """Writes one record; see `Writer`."""
         if self._events is None:
             return
         tags = {} if budget is None else {"budget": budget}

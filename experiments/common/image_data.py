@@ -10,7 +10,8 @@ import jax
 
 from deq_jax.data import pipeline
 from deq_jax.data.records import Augment, Source, Transform
-from deq_jax.training import DataIterator, EvalData, UsageError, option, require
+from deq_jax.training import distributed, option, require
+from experiments.common.run import Data
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,21 +43,6 @@ class ImageDataConfig:
         require(self.eval_batch_size >= 1, "eval_batch_size", "at least 1", self.eval_batch_size)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Images:
-    """An opened set.
-
-    Attributes:
-      train: endless training batches, the part of this process.
-      eval: one pass over the evaluation images, likewise.
-      source: the evaluation images one by one, as they are.
-    """
-
-    train: DataIterator
-    eval: EvalData
-    source: Source
-
-
 def open_images(
     config: Any,
     train: Source,
@@ -65,7 +51,7 @@ def open_images(
     transform: Transform,
     augment: Augment | None,
     eval_transform: Transform | None = None,
-) -> Images:
+) -> Data:
     """Batches of a set.
 
     Args:
@@ -82,18 +68,13 @@ def open_images(
     Raises:
       UsageError: a batch does not divide by the processes.
     """
-    data, processes = config.data, jax.process_count()
-    for name, size in (
-        ("train.batch_size", config.train.batch_size),
-        ("data.eval_batch_size", data.eval_batch_size),
-    ):
-        if size % processes:
-            raise UsageError(f"{name} must divide by the {processes} processes, got {size}")
-    shard = jax.process_index(), processes
+    data, shard = config.data, (jax.process_index(), jax.process_count())
+    size = distributed.per_process("train.batch_size", config.train.batch_size)
+    eval_size = distributed.per_process("data.eval_batch_size", data.eval_batch_size)
     common: Any = {"shard": shard, "on_corrupt": data.on_corrupt}
     batches = pipeline.train_iterator(
         train,
-        batch_size=config.train.batch_size // processes,
+        batch_size=size,
         seed=config.train.seed,
         transform=transform,
         augment=augment,
@@ -103,9 +84,9 @@ def open_images(
     one_pass = functools.partial(
         pipeline.eval_batches,
         test,
-        batch_size=data.eval_batch_size // processes,
+        batch_size=eval_size,
         transform=eval_transform or transform,
         threads=data.workers,
         **common,
     )
-    return Images(batches, one_pass, test)
+    return Data(batches, one_pass)

@@ -14,7 +14,7 @@ from deq_jax.models.mdeq import MDEQ
 from deq_jax.models.mdeq_cell import MDEQCell, check_cell
 from deq_jax.solvers.base import StopMode
 from deq_jax.training import BackwardConfig, Config, SolverConfig, option, require
-from deq_jax.training.parallel import make_fixed_point
+from deq_jax.training.parallel import solve_options
 from experiments.common.families import FamilyConfig
 
 
@@ -90,12 +90,9 @@ def build_mdeq(config: Config, trunk: TrunkConfig, head: nn.Module, mesh: Mesh) 
     return MDEQ(
         cell=cell,
         head=head,
-        solver=config.build_solver(),
-        adjoint=config.backward.build_adjoint(),
-        keep=config.solver.keep,
         downsample=trunk.downsample,
         momentum=trunk.momentum,
-        fixed_point=make_fixed_point(config, mesh),
+        **solve_options(config, mesh),
     )
 
 

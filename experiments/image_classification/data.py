@@ -7,14 +7,15 @@ from typing import Any
 from deq_jax.data import augment, hub, images, pipeline, sources
 from deq_jax.data.records import Reader
 from deq_jax.training import UsageError
-from experiments.common.image_data import Images, open_images
+from experiments.common.image_data import open_images
+from experiments.common.run import Data
 from experiments.image_classification.config import HUB, DataConfig, ImageConfig
 
 # Of the size that the model sees: ImageNet is evaluated on the centre of images of 256.
 RESIZE = 256 / 224
 
 
-def open_data(config: ImageConfig) -> Images:
+def open_data(config: ImageConfig) -> Data:
     """Opens the image set.
 
     Args:

@@ -16,8 +16,8 @@ from deq_jax.training.distributed import fetch
 from deq_jax.training.parallel import pad, place
 from deq_jax.training.task import forward, has_solver
 from experiments.common import reporting
-from experiments.common.image_data import Images
 from experiments.common.reporting import NAMES, STYLES, Trained
+from experiments.common.run import Data
 from experiments.image_classification.config import ImageConfig
 
 
@@ -90,7 +90,7 @@ def write(
     folder: Path,
     config: ImageConfig,
     trained: Mapping[str, Trained],
-    data: Images,
+    data: Data,
     mesh: Mesh,
 ) -> str:
     """Writes results.md, results.json and results.png.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from deq_jax.models import mlp
 from deq_jax.training import Task
-from deq_jax.training.parallel import make_fixed_point
+from deq_jax.training.parallel import solve_options
 from deq_jax.training.task import init
 from experiments.common.families import FAMILIES
 from experiments.image_classification.task import cross_entropy
@@ -38,12 +38,9 @@ def build_task(config: InitConfig, inputs: int, classes: int, family: str = "ort
     model = mlp.MLPDEQ(
         outputs=classes,
         width=config.model.width,
-        solver=config.build_solver(),
-        adjoint=config.backward.build_adjoint(),
-        keep=config.solver.keep,
         activation=_ACTIVATIONS[config.model.activation],
         kernel_init=FAMILIES[family](1.0),
-        fixed_point=make_fixed_point(config, None),
+        **solve_options(config, None),
     )
     batch = config.train.batch_size
     return Task(

@@ -16,7 +16,7 @@ from deq_jax.models.embeddings import AdaptiveEmbedding
 from deq_jax.models.transformer import DEQTransformer, ExplicitTransformer
 from deq_jax.models.transformer_cell import Memory, TransformerCell
 from deq_jax.training import Batch, Mean, Task, UsageError, metrics
-from deq_jax.training.parallel import make_fixed_point, require_even, sharded_map
+from deq_jax.training.parallel import require_even, sharded_map, solve_options
 from experiments.language_modeling.config import LanguageConfig
 from experiments.language_modeling.data import Texts, count_words
 
@@ -130,9 +130,6 @@ def build_model(
     if part.name == "explicit":
         return ExplicitTransformer(layers=part.layers, tied=part.tied, **common)
     return DEQTransformer(
-        solver=config.build_solver(),
-        adjoint=config.backward.build_adjoint(),
-        keep=config.solver.keep,
-        fixed_point=make_fixed_point(config, mesh, TransformerCell.x_axes),
+        **solve_options(config, mesh, TransformerCell.x_axes),
         **common,
     )

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from deq_jax.data import images, segmentation, sources
-from deq_jax.data.records import Readable, Reader
+from deq_jax.data.records import Readable, Reader, Source
 from deq_jax.data.segmentation import Classes
 from deq_jax.training import UsageError
 from experiments.common import mdeq
-from experiments.common.image_data import Images, open_images
+from experiments.common.image_data import open_images
+from experiments.common.run import Data
 from experiments.segmentation.config import SegmentationConfig
 
 CLASSES = {"camvid": segmentation.CAMVID, "cityscapes": segmentation.CITYSCAPES}
@@ -25,14 +26,16 @@ NORMALIZE = images.IMAGENET
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Sets(Images):
+class Sets(Data):
     """Images to train on and to evaluate on; labels are classes, 255 for none.
 
     Attributes:
+      source: the evaluation images one by one, as they are.
       classes: names and colours.
       weights: of the classes in the loss, float [classes].
     """
 
+    source: Source
     classes: Classes
     weights: np.ndarray
 

@@ -28,12 +28,12 @@ from deq_jax.training import (
     SolverConfig,
     Task,
     TrainConfig,
+    distributed,
     flags,
     option,
     require,
 )
-from deq_jax.training.distributed import fetch
-from deq_jax.training.parallel import make_fixed_point
+from deq_jax.training.parallel import solve_options
 from deq_jax.training.task import forward
 from experiments.common import reporting
 from experiments.common.compare import ComparedConfig
@@ -83,7 +83,8 @@ def spirals(config: SpiralsConfig, count: int, seed: int) -> list[Any]:
 def open_data(config: SpiralsConfig) -> Data:
     """Draws the points."""
     shard = jax.process_index(), jax.process_count()
-    size, points = config.train.batch_size // shard[1], spirals(config, 4096, 0)
+    size = distributed.per_process("train.batch_size", config.train.batch_size)
+    points = spirals(config, 4096, 0)
     train = pipeline.train_iterator(points, batch_size=size, seed=config.train.seed, shard=shard)
     test = spirals(config, 1024, 1)
     return Data(train, partial(pipeline.eval_batches, test, batch_size=size, shard=shard))
@@ -94,11 +95,9 @@ def build_task(config: SpiralsConfig, mesh: Mesh, data: Any) -> Task:
     model = MLPDEQ(
         outputs=2,
         width=config.width,
-        solver=config.build_solver(),
-        adjoint=config.backward.build_adjoint(),
         activation=jnp.tanh,
         kernel_init=deq.init.orthogonal(0.8),
-        fixed_point=make_fixed_point(config, mesh),
+        **solve_options(config, mesh),
     )
     size = config.train.batch_size
     return Task(
@@ -132,7 +131,7 @@ def write_report(
     x, label = (np.stack([r[key] for r in spirals(config, 400, 1)]) for key in ("x", "label"))
     figure, (axes,) = reporting.new_figure(1, len(trained), (4.2 * len(trained), 4.2))
     for axis, (name, model) in zip(axes, trained.items(), strict=True):
-        state = fetch(model.result.state)
+        state = distributed.fetch(model.result.state)
         batch = {"x": grid, "label": np.zeros(len(grid), int), "mask": np.ones(len(grid))}
         run = jax.jit(partial(forward, model.task, config))
         scores = run(state.params, state.extra, None, batch).output

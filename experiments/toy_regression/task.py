@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,8 +13,8 @@ from jax.sharding import Mesh
 
 from deq_jax.data import pipeline, synthetic
 from deq_jax.models.mlp import ScalarDEQ
-from deq_jax.training import Batch, Mean, Task, UsageError
-from deq_jax.training.parallel import make_fixed_point
+from deq_jax.training import Batch, Mean, Task, distributed
+from deq_jax.training.parallel import solve_options
 from experiments.common import compare
 from experiments.common.run import Data
 from experiments.toy_regression.config import ToyConfig
@@ -35,12 +36,9 @@ def build_task(config: ToyConfig, mesh: Mesh, data: Any = None) -> Task:
     """
     del data
     model = ScalarDEQ(
-        solver=config.build_solver(),
-        adjoint=config.backward.build_adjoint(),
-        keep=config.solver.keep,
         hidden=config.model.hidden,
         weights=config.model.build_weights(),
-        fixed_point=make_fixed_point(config, mesh),
+        **solve_options(config, mesh),
     )
     one = jax.ShapeDtypeStruct((config.train.batch_size, 1), jnp.float32)
     return Task(
@@ -84,16 +82,12 @@ def open_data(config: ToyConfig) -> Data:
     pairs = synthetic.regression(data.train_pairs, seed=data.seed, noise=data.noise)
     test = synthetic.regression(data.test_pairs, seed=data.seed + 1, noise=data.noise)
     shard = jax.process_index(), jax.process_count()
-    for size in (config.train.batch_size, EVAL_BATCH):
-        if size % shard[1]:
-            raise UsageError(f"a batch of {size} must divide by the {shard[1]} processes")
+    size = distributed.per_process("train.batch_size", config.train.batch_size)
+    eval_size = distributed.per_process("the evaluation batch", EVAL_BATCH)
     batches = pipeline.train_iterator(
         pairs,
-        batch_size=config.train.batch_size // shard[1],
+        batch_size=size,
         seed=config.train.seed,
         shard=shard,
     )
-    one_pass = lambda: pipeline.eval_batches(  # noqa: E731
-        test, batch_size=EVAL_BATCH // shard[1], shard=shard
-    )
-    return Data(batches, one_pass)
+    return Data(batches, partial(pipeline.eval_batches, test, batch_size=eval_size, shard=shard))
