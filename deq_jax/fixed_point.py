@@ -60,8 +60,9 @@ def fixed_point(
       x: other operands, any tree.
       solver: the forward method, e.g. ``Anderson(tol=1e-3, max_steps=30)``.
       adjoint: the gradient rule; ``Implicit(solver)`` if None.
-      max_steps: budget of this call, a whole number from 0 to ``solver.max_steps``, or a traced
-        integer scalar, which is cut off at these bounds; 0 returns ``z0``.
+      max_steps: budget of this call, a whole number from 0 to ``solver.max_steps``, or an integer
+        array of one number or of one a sample ``[B]``; traced, it is cut off at these bounds.  0
+        returns ``z0``.
       probe: from `backward_probe`, to read the statistics of the backward solve.
       keep: ``"best"`` returns the iterate of the smallest residual; ``"last"`` the one after the
         last step, or the one that converged.

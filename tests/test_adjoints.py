@@ -301,6 +301,27 @@ def test_backprop_is_autodiff_of_the_unrolled_loop(x64, solver, segments, keep):
     assert traced._cache_size() == 1
 
 
+@pytest.mark.parametrize("name", ["unroll", "backprop", "segments", "reversible", "implicit"])
+def test_the_gradient_of_a_sample_is_that_of_its_own_budget(x64, name):
+    params, z0, x = operands()
+    budgets = jnp.array([2, 5, 9, 3], jnp.int32)
+    if name == "unroll":  # few steps, which depend on where they begin
+        options = {"adjoint": deq.Unroll(2)}
+    else:
+        options = {}
+
+    @jax.jit
+    def gradient(budget, i):
+        def loss(params, value, z0):
+            sol = solve(name, params, value, x, z0, max_steps=budget, **options)
+            return jnp.sum(jnp.sin(sol.value["a"][i])) + jnp.sum(sol.value["b"][i] ** 2)
+
+        return jax.grad(loss, (0, 1, 2))(params, x["input"], z0)
+
+    for i, budget in enumerate(budgets):
+        close(gradient(budgets, i), gradient(budget, i), 1e-10, 1e-12)
+
+
 def test_backprop_skips_the_steps_beyond_the_budget():
     count = []
 

@@ -494,7 +494,13 @@ def test_a_sharded_solve_has_the_signature_of_the_plain_one():
     assert inspect.signature(solve) == inspect.signature(deq.fixed_point)
     params, x = operands(16)
     z0, solver = jnp.zeros_like(x), deq.Picard(tol=1e-6, max_steps=3)
-    for how in ({"keep": "last"}, {"batched": True}, {"trace": False}, {"max_steps": jnp.int32(2)}):
+    for how in (
+        {"keep": "last"},
+        {"batched": True},
+        {"trace": False},
+        {"max_steps": jnp.int32(2)},
+        {"max_steps": np.arange(len(x)) % 4},
+    ):
         got = solve(cell, params, z0, x, solver=solver, **how)
         wanted = deq.fixed_point(cell, params, z0, x, solver=solver, **how)
         assert (got.stats.trace is None) == ("trace" in how)

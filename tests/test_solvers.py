@@ -181,6 +181,31 @@ def test_max_steps_may_be_traced_and_costs_one_compilation(x64):
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize("solver", PLAIN, ids=name)
+def test_every_sample_may_have_a_budget_of_its_own(x64, solver, keep):
+    """It is then solved as it would be alone with that budget, whatever its batch mates do."""
+    problem = testing.affine(radius=0.5, dtype=jnp.float64)
+    solver = dataclasses.replace(solver, tol=1e-6, max_steps=60)
+    solve = jax.jit(lambda budget: run(solver, problem, keep=keep, max_steps=budget))
+    budgets = np.array([0, 3, 60, 7], np.int32)  # the third converges
+    sol = solve(budgets)
+    assert sol.stats.converged.tolist() == [False, False, True, False]
+    for i, budget in enumerate(budgets):
+        alone = solve(jnp.full(4, budget))
+        for own, wanted in zip(
+            jax.tree.leaves((sol.value, dataclasses.replace(sol.stats, trace=sol.stats.trace.T))),
+            jax.tree.leaves(
+                (alone.value, dataclasses.replace(alone.stats, trace=alone.stats.trace.T))
+            ),
+            strict=True,
+        ):
+            np.testing.assert_allclose(own[i], wanted[i], rtol=1e-9)
+        scalar = run(solver, problem, keep=keep, max_steps=int(budget))
+        np.testing.assert_allclose(sol.value[i], scalar.value[i], rtol=1e-9)
+        assert sol.stats.num_steps[i] == scalar.stats.num_steps[i]
+
+
 def test_zero_steps_return_the_start():
     problem = testing.affine()
     sol = run(deq.Broyden(), problem, max_steps=0)
@@ -331,7 +356,10 @@ def test_an_f_that_changes_its_state_is_refused(image, words):
     assert "wanted" in str(caught.value)
 
 
-@pytest.mark.parametrize("budget", [-1, 31, jnp.ones(2, jnp.int32), jnp.float32(3)])
+@pytest.mark.parametrize(
+    "budget",
+    [-1, 31, jnp.ones(2, jnp.int32), jnp.float32(3), np.array([31]), jnp.array([-1]), np.ones(1)],
+)
 def test_bad_budgets_are_refused(budget):
     with pytest.raises(ValueError, match="max_steps"):
         deq.solve(deq.Picard(max_steps=30), jnp.cos, jnp.ones((1, 1)), max_steps=budget)

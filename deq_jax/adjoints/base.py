@@ -137,7 +137,7 @@ class Call:
                     "shard_map share; wanted them in params or x for a gradient through the loop"
                 )
             program, consts, z0 = trace(params, z0, x)
-        static, budget = split_budget(self.solver, self.max_steps)
+        static, budget = split_budget(self.solver, self.max_steps, z0)
         return (
             program,
             Settings(self.solver, static, self.keep, self.trace, self.states),

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export
 from jax.core import Tracer
 
@@ -230,23 +231,26 @@ def check_fraction(name: str, setting: str, value: Any) -> float:
 
 
 def split_budget(
-    solver: Solver, max_steps: int | jax.Array | None
+    solver: Solver, max_steps: int | jax.Array | None, z0: PyTree
 ) -> tuple[int | None, jax.Array | None]:
     """Checks the budget of one call.
 
     Args:
       solver: its ``max_steps`` is the limit.
-      max_steps: a whole number, an integer scalar array, or None for the limit.  A traced scalar,
-        whose value is not known yet, is cut off at 0 and the limit.
+      max_steps: a whole number, an integer array, scalar or ``[B]``, or None for the limit.  A
+        traced array, whose value is not known yet, is cut off at 0 and the limit.
+      z0: start, tree of arrays ``[B, ...]``.
 
     Returns:
       The number and None, or None and the array.
 
     Raises:
-      ValueError: for a number outside [0, limit], or an array that is no integer scalar.
+      ValueError: for a number outside [0, limit], or an array of another dtype or shape.
     """
     if max_steps is None:
         return solver.max_steps, None
+    if isinstance(max_steps, np.ndarray) and max_steps.ndim:
+        max_steps = jnp.asarray(max_steps)
     if not isinstance(max_steps, jax.Array):
         steps = as_int(max_steps)
         if steps is None or not 0 <= steps <= solver.max_steps:
@@ -256,12 +260,15 @@ def split_budget(
                 "solver's"
             )
         return steps, None
-    if max_steps.shape or not jnp.issubdtype(max_steps.dtype, jnp.integer):
+    shapes = (), (tree.batch_size(z0),)
+    if max_steps.shape not in shapes or not jnp.issubdtype(max_steps.dtype, jnp.integer):
         raise ValueError(
-            f"got max_steps of type {tree.describe(max_steps)}; wanted an int or an integer scalar"
+            f"got max_steps of type {tree.describe(max_steps)}; wanted an int, an integer scalar, "
+            f"or integers of shape {shapes[1]}, one a sample"
         )
     if not isinstance(max_steps, Tracer):
-        split_budget(solver, int(max_steps))  # raises for a number that is known to be wrong
+        for steps in np.asarray(max_steps).flat:
+            split_budget(solver, int(steps), z0)  # raises for numbers that are known to be wrong
     return None, jnp.minimum(max_steps, solver.max_steps)
 
 

@@ -90,7 +90,7 @@ class Operands(NamedTuple):
       before: arguments of f before z.
       z0: start, tree of arrays ``[B, ...]``.
       after: arguments of f after z.
-      budget: the budget as an array, or None.
+      budget: the budget as an array, int32 scalar or ``[B]``, or None.
     """
 
     consts: tuple[jax.Array, ...]
@@ -136,8 +136,9 @@ def solve(
       solver: the method, e.g. ``Anderson(tol=1e-3, max_steps=30)``.
       f: maps a tree of arrays ``[B, ...]`` to the same tree, sample by sample.
       z0: start, tree of floating-point arrays ``[B, ...]``.
-      max_steps: budget of this call, a whole number from 0 to the solver's own, or a traced integer
-        scalar, which is cut off at these bounds.  0 returns ``z0`` unevaluated.
+      max_steps: budget of this call, a whole number from 0 to the solver's own, or an integer array
+        of one number or of one a sample ``[B]``; traced, it is cut off at these bounds.  0 returns
+        ``z0`` unevaluated.
       keep: ``"best"`` returns the iterate of the smallest residual; ``"last"`` the one after the
         last step, or the one that converged.
       batched: False for a z0 without a batch axis; True for samples that are single numbers.
@@ -160,7 +161,7 @@ def solve(
     if batched is False:
         f = Unbatched(f, 0)
     program, consts, state = trace_map(lambda z: traced.trace(f, z), state)
-    static, budget = split_budget(solver, max_steps)
+    static, budget = split_budget(solver, max_steps, state)
     settings = Settings(solver, static, keep, trace)
     operands = Operands(consts, (), state, (), budget)
     found = traced.call(solve_traced, program, (settings,), operands)
@@ -206,6 +207,7 @@ def iterate(
     solver, keep, states = settings.solver, settings.keep, settings.states
     check_keep(keep)
     steps: Any = settings.budget if budget is None else budget
+    each = jnp.ndim(steps) > 0  # every sample has a budget of its own
     column = tree.column(z0)  # [B]
     numbers = sorted(set(states))
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(z0))
@@ -225,30 +227,32 @@ def iterate(
             size = jnp.minimum(size, _GROWTH * reference)
             gap = jnp.where(gap == 0, 0, gap / size)
         r = jnp.where(finite, jnp.minimum(gap, largest), jnp.inf).astype(jnp.float32)  # [B]
-        active = ~c.done
+        active = ~c.done & (c.num_steps < steps) if each else ~c.done
         better = active & (r < c.residual)
-        done = c.done | (r <= solver.tol) | ~finite
+        stop = (r <= solver.tol) | ~finite
+        done = c.done | (active & stop if each else stop)
         residual = jnp.where(better if keep == "best" else active, r, c.residual)
         num_steps = c.num_steps + active.astype(jnp.int32)
         row = jnp.where(active, r, jnp.inf)
         # One small kernel computes these; fused into the large ones below, it would be repeated,
         # and keep copies of what it replaces.
-        better, done, residual, num_steps, row = lax.optimization_barrier(
-            (better, done, residual, num_steps, row)
+        better, done, active, residual, num_steps, row = lax.optimization_barrier(
+            (better, done, active if each else None, residual, num_steps, row)
         )
+        stay = done | ~active if each else done
         if carry and not hold:  # by a residual of 0 a finished sample adds nothing to the state
-            fz = tree.where(done, c.z, fz)
+            fz = tree.where(stay, c.z, fz)
         before = (c.z, fz, c.state)
         if hold:
-            before = _held(done, lax.stop_gradient(before), before)
+            before = _held(stay, lax.stop_gradient(before), before)
         z_next, state = solver.step(*before)
         best = tree.where(better, c.z, c.best) if keep == "best" else None
         if hold:
-            z_next, state = _held(done, (c.z, c.state), (z_next, state))
+            z_next, state = _held(stay, (c.z, c.state), (z_next, state))
         elif keep == "best":
-            z_next = _kept(done, c.z, z_next)
+            z_next = _kept(stay, c.z, z_next)
         else:
-            z_next = tree.where(done, c.z, z_next)
+            z_next = tree.where(stay, c.z, z_next)
         residuals, sampled = c.trace, c.states
         if residuals is not None:
             residuals = lax.dynamic_update_index_in_dim(residuals, row, c.k, axis=0)

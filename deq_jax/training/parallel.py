@@ -338,7 +338,7 @@ def sharded_fixed_point(
                 "call deq_jax.fixed_point for a single state"
             )
         is_split = split_leaves(x, _check_batch(z0, mesh.shape[axis]), x_axes)
-        traced = isinstance(max_steps, jax.Array)
+        traced = isinstance(max_steps, (jax.Array, np.ndarray))
         budget = [max_steps] if traced else []
 
         def local(
@@ -362,7 +362,7 @@ def sharded_fixed_point(
             )
 
         spec = jax.tree.map(lambda s: split if s else whole, is_split)
-        in_specs = (whole, split, spec, split, *(whole for _ in budget))
+        in_specs = (whole, split, spec, split, *(split if jnp.ndim(b) else whole for b in budget))
         by_step: Any = PartitionSpec(None, axis) if trace else None
         stats = SolveStats(num_steps=split, residual=split, converged=split, trace=by_step)
         out = Solution(value=split, stats=stats, states=split, aux=split)
