@@ -27,6 +27,7 @@ from deq_jax.training.optim import make_optimizer
 from deq_jax.training.parallel import place
 from deq_jax.training.state import create_state, split_seed
 from deq_jax.training.step import (
+    draw_budget,
     draw_step,
     forward_metrics,
     is_penalised,
@@ -103,7 +104,7 @@ def test_the_penalty_is_drawn_with_its_probability_and_changes_what_is_learnt():
         state, measured = step(state, place(BATCH, mesh))
         measured = jax.device_get(measured)
         penalties.append(float(measured["penalty"].count))
-        budgets.append(int(measured["budget"].total))
+        budgets.append(int(measured["budget"].value))
         assert (measured["penalty"].total > 0) == (measured["penalty"].count > 0)
     assert 8 <= sum(penalties) <= 28
     random = [b for b, p in zip(budgets, penalties, strict=True) if p]
@@ -140,8 +141,71 @@ def test_a_budget_above_the_solvers_own_is_really_spent():
 def test_gamma_follows_its_schedule():
     jac = JacConfig(gamma=2.0, increment=0.1, increment_every=10, stop_step=60, warmup_gamma=0.03)
     steps = jnp.array([0, 19, 20, 29, 30, 59, 60, 90])
-    got = penalty_weight(jac, steps, warmup_steps=20)
+    got = penalty_weight(jac, steps, TrainConfig(warmup_steps=20))
     np.testing.assert_allclose(got, [0.03, 0.03, 2.0, 2.0, 2.1, 2.3, 0, 0], rtol=1e-6)
+    late = JacConfig(gamma=2.0, start=0.25)
+    got = penalty_weight(late, jnp.array([0, 49, 50, 199]), TrainConfig(steps=200))
+    np.testing.assert_array_equal(got, [0, 0, 2, 2])
+
+
+def random_budgets(draw, limit=1000, count=20_000, **jac):
+    config = with_jac(budget_draw=draw, budget_on="all", budget_mu=2.0, budget_sigma=0.5, **jac)
+    config = dataclasses.replace(config, solver=SolverConfig(max_steps=limit))
+    drawn = draw_budget(config, jnp.bool(False), jax.random.key(0), (count,))
+    return np.asarray(drawn)
+
+
+def test_random_budgets_have_the_moments_of_their_distribution():
+    rate = np.exp(2 + 0.5**2 / 2)
+    spread = rate**2 * (np.exp(0.5**2) - 1)
+    lognormal, poisson = random_budgets("lognormal"), random_budgets("poisson")
+    np.testing.assert_allclose(np.median(lognormal), 7, atol=0.5)  # exp(2) = 7.4, rounded
+    np.testing.assert_allclose(lognormal.mean(), rate, rtol=0.02)
+    np.testing.assert_allclose(lognormal.var(), spread, rtol=0.06)
+    np.testing.assert_allclose(poisson.mean(), 1 + rate, rtol=0.02)
+    np.testing.assert_allclose(poisson.var(), rate + spread, rtol=0.06)
+    cut = random_budgets("lognormal", limit=6)
+    assert (cut.min(), cut.max()) == (1, 6)
+
+
+def test_every_example_can_draw_a_budget_of_its_own():
+    config = with_jac(budget_draw="lognormal", budget_on="all", budget_per="example")
+    solver = SolverConfig(name="picard", max_steps=16, tol=1e-12)
+    config = dataclasses.replace(config, solver=solver, optim=OptimConfig(lr=1e-6))
+    for parts in (1, 2):
+        _, mesh, state, step = build(dataclasses.replace(config, accumulate=parts))
+        means = []
+        for _ in range(8):
+            state, measured = step(state, place(BATCH, mesh))
+            got = compute(measured)
+            assert got["fwd_steps"] == pytest.approx(got["budget"])
+            means.append(got["budget"])
+        assert any(mean % 1 for mean in means)  # not one number for the whole batch
+        assert len(set(means)) > 4
+
+
+def test_blended_penalty_and_loss_share_the_weight():
+    """The gradient is linear in both: three runs must add up."""
+
+    def update(**jac):
+        _, mesh, state, step = build(with_jac(**jac))
+        before = jax.device_get(state.params)
+        after = step(state, place(BATCH, mesh))[0].params
+        return jax.tree.map(lambda a, b: np.asarray(a) - b, after, before)
+
+    loss, both = update(), update(gamma=0.3)
+    blended = update(gamma=0.3, blend=True)
+    for part, b, got in zip(*map(jax.tree.leaves, (loss, both, blended)), strict=True):
+        np.testing.assert_allclose(got, b - 0.3 * part, atol=1e-5)
+        assert np.abs(0.3 * part).max() > 1e-3
+
+
+@pytest.mark.parametrize("bad", [{"start": 1.5}, {"budget_draw": "normal"}, {"budget_sigma": -1.0}])
+def test_settings_of_penalty_and_budget_are_checked(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        JacConfig(**bad)
+    with pytest.raises(ValueError, match="gamma must be at most 1 with blend"):
+        JacConfig(gamma=2.0, blend=True)
 
 
 def test_without_a_penalty_none_is_compiled():

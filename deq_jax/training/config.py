@@ -25,6 +25,7 @@ import deq_jax as deq
 from deq_jax.solvers.base import Keep, StopMode
 
 SolverName = Literal["picard", "anderson", "broyden"]
+BudgetDraw = Literal["uniform", "lognormal", "poisson"]
 RuleName = Literal["implicit", "neumann", "unroll", "backprop", "reversible", "shine"]
 
 
@@ -196,12 +197,27 @@ class JacConfig:
     probes: int = option(1, "Gaussian probes for each estimate")
     increment: float = option(0.0, "added to gamma every increment_every steps")
     increment_every: int = option(1, "steps between two increments, counted after the warm-up")
+    start: float = option(0.0, "share of the training steps before the penalty begins")
     stop_step: int | None = option(None, "step from which the penalty is off; none for never")
     warmup_gamma: float = option(0.0, "weight of the penalty during the warm-up phase")
+    blend: bool = option(
+        False, "minimise (1 - gamma) loss + gamma penalty instead of loss + gamma penalty"
+    )
     budget_low: int = option(0, "random step budget: solver.max_steps plus low..high, low <= 0")
     budget_high: int = option(0, "random step budget: solver.max_steps plus low..high, high >= 0")
     budget_on: Literal["penalty", "all"] = option(
         "penalty", "steps that draw a random budget: those with a penalty, or all"
+    )
+    budget_draw: BudgetDraw = option(
+        "uniform",
+        "uniform: solver.max_steps plus low..high; lognormal: exp(N(budget_mu, budget_sigma^2)), "
+        "rounded; poisson: 1 plus a Poisson number whose mean is lognormal; both are cut off at 1 "
+        "and solver.max_steps",
+    )
+    budget_mu: float = option(1.6, "mean of the logarithm of a lognormal or poisson budget")
+    budget_sigma: float = option(0.5, "standard deviation of that logarithm")
+    budget_per: Literal["batch", "example"] = option(
+        "batch", "whether the examples of a batch share a random budget, or have one each"
     )
 
     def __post_init__(self) -> None:
@@ -213,6 +229,13 @@ class JacConfig:
         require(self.warmup_gamma >= 0, "warmup_gamma", "at least 0", self.warmup_gamma)
         require(self.budget_low <= 0, "budget_low", "at most 0", self.budget_low)
         require(self.budget_high >= 0, "budget_high", "at least 0", self.budget_high)
+        draws = get_args(BudgetDraw)
+        wanted = f"one of {', '.join(draws)}"
+        require(self.budget_draw in draws, "budget_draw", wanted, self.budget_draw)
+        require(self.budget_sigma >= 0, "budget_sigma", "at least 0", self.budget_sigma)
+        require(0 <= self.start <= 1, "start", "in [0, 1]", self.start)
+        if self.blend:
+            require(self.gamma <= 1, "gamma", "at most 1 with blend", self.gamma)
         if self.stop_step is not None:
             require(self.stop_step >= 0, "stop_step", "at least 0, or none", self.stop_step)
 

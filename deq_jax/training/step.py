@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import deq_jax as deq
 from deq_jax.errors import UsageError
-from deq_jax.training.config import Config, JacConfig
+from deq_jax.training.config import Config, JacConfig, TrainConfig
 from deq_jax.training.metrics import Mean
 from deq_jax.training.optim import make_schedule
 from deq_jax.training.parallel import AXIS, batch_sharding, per_device, replicated
@@ -72,6 +72,8 @@ def make_update(
 
         minimise  loss(params) + gamma(step) * Bernoulli(prob) * penalty(params)
 
+    or, with ``jac.blend``, (1 - gamma(step)) * loss(params) + the same.
+
     If the objective or the gradient is not finite, the update is skipped: only ``step`` advances,
     and the step contributes to no metric except "skipped".  The learning rate is a function of
     ``step``, also after a skipped update.
@@ -123,8 +125,6 @@ def make_update(
         finite = jnp.isfinite(found.objective) & jnp.isfinite(norm)
         one = jnp.float32(1)
         measured = dict(found.measured)
-        if not warmup:
-            measured["budget"] = Mean(drawn.budget.astype(jnp.float32), one)
         measured["gamma"] = Mean(drawn.gamma, one)
         measured["lr"] = Mean(learning_rate(state.step), one)
         measured["grad_norm"] = Mean(norm, one)
@@ -144,30 +144,31 @@ def _select(condition: jax.Array, yes: Any, no: Any) -> Any:
 # Penalty and budget of a step.
 
 
-def penalty_weight(config: JacConfig, step: jax.Array, warmup_steps: int) -> jax.Array:
+def penalty_weight(config: JacConfig, step: jax.Array, train: TrainConfig) -> jax.Array:
     """The weight of the penalty at a step.
 
         warm-up:  warmup_gamma
         then:     gamma + increment * floor((step - warmup_steps) / increment_every)
-        from stop_step on:  0
+        before the share `start` of the steps, and from stop_step on:  0
 
     Args:
       config: the schedule.
       step: int32 scalar, the number of finished steps.
-      warmup_steps: length of the warm-up phase.
+      train: length of training and of its warm-up phase.
 
     Returns:
       float32 scalar.
 
     Example:
       >>> schedule = JacConfig(gamma=1.0, increment=0.1, increment_every=10)
-      >>> round(float(penalty_weight(schedule, jnp.int32(25), warmup_steps=0)), 3)
+      >>> round(float(penalty_weight(schedule, jnp.int32(25), TrainConfig())), 3)
       1.2
     """
-    raises = (step - warmup_steps) // config.increment_every
+    raises = (step - train.warmup_steps) // config.increment_every
     value = jnp.where(
-        step < warmup_steps, config.warmup_gamma, config.gamma + config.increment * raises
+        step < train.warmup_steps, config.warmup_gamma, config.gamma + config.increment * raises
     )
+    value = jnp.where(step < round(config.start * train.steps), 0.0, value)
     if config.stop_step is not None:
         value = jnp.where(step >= config.stop_step, 0.0, value)
     return value.astype(jnp.float32)
@@ -179,7 +180,8 @@ class StepDraw(NamedTuple):
     Attributes:
       gamma: float32 scalar, the weight of the penalty.
       penalise: bool scalar, whether the penalty is computed.
-      budget: int32 scalar, the steps that the solver may take.
+      budget: int32 scalar, the steps that the solver may take; each example draws its own if
+        ``jac.budget_per`` says so.
     """
 
     gamma: jax.Array
@@ -206,12 +208,45 @@ def draw_step(config: Config, step: jax.Array, key: jax.Array) -> StepDraw:
     """
     jac = config.jac
     coin_key, budget_key = jax.random.split(key)
-    weight = penalty_weight(jac, step, config.train.warmup_steps)
+    weight = penalty_weight(jac, step, config.train)
     penalise = (weight > 0) & jax.random.bernoulli(coin_key, jac.prob)
-    change = jax.random.randint(budget_key, (), jac.budget_low, jac.budget_high + 1)
-    if jac.budget_on == "penalty":
-        change = jnp.where(penalise, change, 0)
-    return StepDraw(weight, penalise, jnp.int32(config.solver.max_steps) + change)
+    return StepDraw(weight, penalise, draw_budget(config, penalise, budget_key))
+
+
+def draw_budget(
+    config: Config, penalise: jax.Array, key: jax.Array, shape: tuple[int, ...] = ()
+) -> jax.Array:
+    """Draws solver budgets.
+
+    Args:
+      config: its parts jac and solver are read.
+      penalise: bool scalar, whether the step has a penalty.
+      key: PRNG key.
+      shape: of the result.
+
+    Returns:
+      int32 array.
+
+    Example:
+      >>> from deq_jax.training.config import SolverConfig
+      >>> jac = JacConfig(budget_draw="lognormal", budget_on="all")
+      >>> config = Config(solver=SolverConfig(max_steps=16), jac=jac)
+      >>> budgets = draw_budget(config, jnp.bool(False), jax.random.key(0), (1000,))
+      >>> budgets.min().item(), budgets.max().item(), round(budgets.mean().item())
+      (1, 16, 6)
+
+    Reference: Geiping et al., arXiv 2502.05171, section 3 (poisson).
+    """
+    jac, limit = config.jac, config.solver.max_steps
+    if jac.budget_draw == "uniform":
+        drawn = limit + jax.random.randint(key, shape, jac.budget_low, jac.budget_high + 1)
+    else:
+        rate_key, count_key = jax.random.split(key)
+        drawn = jnp.exp(jac.budget_mu + jac.budget_sigma * jax.random.normal(rate_key, shape))
+        if jac.budget_draw == "poisson":
+            drawn = 1 + jax.random.poisson(count_key, drawn)
+        drawn = jnp.clip(jnp.round(drawn), 1, limit).astype(jnp.int32)
+    return drawn if jac.budget_on == "all" else jnp.where(penalise, drawn, limit)
 
 
 def is_penalised(config: Config, *, warmup: bool) -> bool:
@@ -267,6 +302,11 @@ def _make_gradients(
     def gradients(
         extra: Any, carry: Any, batch: Batch, model_key: jax.Array, probe_key: jax.Array
     ) -> Gradients:
+        mask, budget = batch["mask"], drawn.budget
+        if config.jac.budget_per == "example":
+            key = jax.random.fold_in(model_key, 1)
+            budget = draw_budget(config, drawn.penalise, key, mask.shape)
+
         def objective(params: Any, probe: Any) -> tuple[jax.Array, tuple[Pass, jax.Array]]:
             found = forward(
                 task,
@@ -278,17 +318,18 @@ def _make_gradients(
                 key=model_key,
                 train=True,
                 warmup=warmup,
-                max_steps=drawn.budget,
+                max_steps=budget,
                 probe=probe,
             )
             penalty = jnp.float32(0)
             if penalised:
                 penalty = _penalty(found, drawn.penalise, probe_key, config.jac.probes, none)
-            return found.loss + drawn.gamma * penalty, (found, penalty)
+            share = 1 - drawn.gamma if config.jac.blend else 1
+            return share * found.loss + drawn.gamma * penalty, (found, penalty)
 
         # The gradient with respect to the probe is no gradient: it carries the statistics of the
         # backward solve.  The unrolled network has no such solve.
-        probe = None if warmup else deq.backward_probe(jnp.zeros(jnp.shape(batch["mask"])))
+        probe = None if warmup else deq.backward_probe(jnp.zeros(mask.shape))
         if axis is not None:
             probe = per_device(probe, axis)
         (value, (found, penalty)), (grads, backward) = jax.value_and_grad(
@@ -298,7 +339,8 @@ def _make_gradients(
         if penalised:
             measured["penalty"] = Mean(penalty, drawn.penalise.astype(jnp.float32))
         if not warmup:
-            measured |= _backward_metrics(backward, batch["mask"])
+            measured |= _backward_metrics(backward, mask)
+            measured["budget"] = Mean((budget * mask).sum(), mask.sum())
         weight = found.means["loss"].count.astype(jnp.float32)
         return Gradients(grads, value, weight, found.extra, found.carry, measured)
 
