@@ -1,0 +1,1 @@
+"""Looped reasoning: does more thinking at test time help or harm?"""

@@ -1,0 +1,24 @@
+"""Trains looped models of one block and examines them at more loops than they were trained with.
+
+    python -m experiments.reasoning.main --preset=addition
+
+One folder of the workdir for each model (checkpoints, metrics); results.md, results.json and
+reasoning.png beside them.
+"""
+
+from __future__ import annotations
+
+from deq_jax.training import flags
+from experiments.common.run import Experiment
+from experiments.reasoning import config, data, report, task
+
+EXPERIMENT = Experiment(
+    open_data=data.open_data,
+    build_task=task.build_task,
+    write_report=report.write,
+    variants=config.variants,
+)
+run = EXPERIMENT.run
+
+if __name__ == "__main__":
+    flags.run(run, config.PRESETS, default="addition")
