@@ -105,13 +105,10 @@ class Examination:
             look = self._last(batch, self._report.at, jax.random.normal(key, shape))
             right.append(look["right"])
             residual.append(look["residual"])
-        least = np.argmin(residual, axis=0)
-        chosen = np.take_along_axis(np.stack(right), least[None], axis=0)
-        return {
-            "one": _mean(right),
-            "least residual": _mean(chosen),
-            "any": _mean(np.any(right, 0)),
-        }
+        solved = np.stack(right)
+        chosen = np.take_along_axis(solved, np.argmin(residual, axis=0)[None], axis=0)
+        any_start = solved.any(axis=0)
+        return {"one": _mean(solved), "least residual": _mean(chosen), "any": _mean(any_start)}
 
     def _rounds(self, batch: Batch, rounds: int) -> float:
         """Accuracy after rounds of predicting, and hiding the least confident again."""

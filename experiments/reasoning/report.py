@@ -100,8 +100,8 @@ def tables(config: ReasoningConfig, kind: str, arms: Arms) -> str:
         rows.append(row)
     text += f"""
 Solved (%): where the model's own solver stops, after so many steps; by quarter of the residual at
-{at} loops, least first; from noise, {at} loops: one start, the one of the least residual of {starts},
-any of them; from other starts, after {LONG[0]} and {LONG[1]} loops:
+{at} loops, least first; from noise, {at} loops: one start, the one of the least residual of
+{starts}, any of them; from other starts, after {LONG[0]} and {LONG[1]} loops:
 
 {reporting.table(header, rows)}"""
     if all("rounds" in n for runs in arms.values() for n in runs):
@@ -169,7 +169,7 @@ def draw(path: Path, config: ReasoningConfig, kind: str, arms: Arms) -> None:
     axes[0][0].axvline(config.solver.max_steps, color="0.4", linewidth=1, linestyle=":")
     axes[1][1].axhline(1, color="0.4", linewidth=1, linestyle=":")
     quarters = axes[1][2]
-    for color, (arm, runs) in zip(colors, arms.items(), strict=False):
+    for color, runs in zip(colors, arms.values(), strict=False):
         values = [statistics.fmean(n["quarters"][i] for n in runs) for i in range(4)]
         quarters.plot((1, 2, 3, 4), values, color=color, marker="o", markersize=3)
     quarters.set(xlabel="quarter of the residual, least first", ylabel="solved")
