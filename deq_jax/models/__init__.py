@@ -1,7 +1,8 @@
-"""Models in Flax Linen: MDEQ, DEQ-Transformer, fully connected DEQs, explicit baselines."""
+"""Models in Flax Linen: MDEQ, transformers, fully connected DEQs, explicit baselines."""
 
 from deq_jax.models.embeddings import AdaptiveEmbedding
 from deq_jax.models.heads import ClassificationHead, SegmentationHead
+from deq_jax.models.looped import LoopedCell, LoopedTransformer
 from deq_jax.models.mdeq import MDEQ
 from deq_jax.models.mdeq_cell import MDEQCell
 from deq_jax.models.mlp import MLPDEQ, DenseCell, ScalarDEQ, ToyCell
@@ -19,6 +20,8 @@ __all__ = [
     "DenseCell",
     "ExplicitTransformer",
     "Injection",
+    "LoopedCell",
+    "LoopedTransformer",
     "MDEQCell",
     "Memory",
     "ResNet",

@@ -102,8 +102,9 @@ class LoopedCell(nn.Module):
         size = self.features // self.heads
         qkv = nn.Dense(3 * self.features, use_bias=False, kernel_init=_FULL, name="qkv")(y)
         q, k, v = jnp.moveaxis(qkv.reshape(*y.shape[:-1], 3, self.heads, size), -3, 0)
+        q = q * size**-0.5
         if self.window is None:
-            mixed = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
+            mixed = _attend(q, k, v, self.causal)
         else:
             mixed = _attend_back(q, k, v, self.window)
         out = nn.Dense(self.features, use_bias=False, kernel_init=_HALF, name="attend_out")
@@ -114,6 +115,14 @@ def _norm(name: str, y: jax.Array) -> jax.Array:
     return nn.LayerNorm(epsilon=1e-5, name=name)(y)
 
 
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
+    """Attention [B, T, H, D] of each position to all, or to itself and those before it."""
+    scores = jnp.einsum("bthd,bshd->bhts", q, k)
+    if causal:
+        scores = jnp.where(jnp.tri(q.shape[1], dtype=bool)[None, None], scores, -jnp.inf)
+    return jnp.einsum("bhts,bshd->bthd", nn.softmax(scores), v)
+
+
 def _attend_back(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
     """Attention [B, T, H, D] of each position to itself and the ``window`` - 1 before it."""
     length = q.shape[1]
@@ -122,7 +131,7 @@ def _attend_back(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.A
         padded = jnp.pad(a, ((0, 0), (window - 1, 0), (0, 0), (0, 0)))
         return jnp.stack([padded[:, i : i + length] for i in range(window)], axis=2)
 
-    scores = jnp.einsum("bthd,btwhd->bthw", q, shifted(k)) / jnp.sqrt(q.shape[-1]).astype(q.dtype)
+    scores = jnp.einsum("bthd,btwhd->bthw", q, shifted(k))
     return jnp.einsum("bthw,btwhd->bthd", nn.softmax(scores), shifted(v))
 
 
