@@ -1,6 +1,13 @@
 """Settings of the documentation: ``sphinx-build -W -n docs docs/_build``."""
 
+import sys
+from pathlib import Path
+
 from deq_jax import __version__
+
+HERE = Path(__file__).parent
+# The flag tables are made from the experiments, which are not installed.
+sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
 
 project = "deq_jax"
 author = "the deq_jax authors"
@@ -12,6 +19,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "links",
 ]
 exclude_patterns = ["_build"]
 html_theme = "sphinx_book_theme"
@@ -29,5 +37,7 @@ autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 napoleon_use_ivar = True
 napoleon_use_rtype = False
-# Names of other packages and private helpers; no inventory is fetched.
-nitpick_ignore_regex = [("py:.*", ".*")]
+# The build has no network: intersphinx would fetch an inventory from each of these packages.  Their
+# names stay without a link; all other names in single backticks must lead somewhere.
+OTHERS = "app|collections|dataclasses|datasets|flax|jax|jnp|nn|nnx|numpy|os|safetensors|tfds"
+nitpick_ignore_regex = [("py:.*", rf"({OTHERS})(\..*)?")]

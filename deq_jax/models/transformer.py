@@ -147,7 +147,7 @@ class DEQTransformer(_LanguageModel):
       reparam: reparametrisation of the cell's parameters, None for plain ones.
       init_weights: initialiser of the injection's weights.
       solver: forward solver.
-      adjoint: gradient rule; None for `Implicit(solver)`.
+      adjoint: gradient rule; None for ``Implicit(solver)``.
       keep: the iterate to return, ``"best"`` (smallest residual) or ``"last"``.
       fixed_point: `deq.fixed_point`, or the sharded one of `training.parallel`.
 

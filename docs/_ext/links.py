@@ -1,0 +1,46 @@
+"""Resolves `Name` and `deq.Name` in docstrings to what the reference documents as deq_jax....Name.
+
+Sphinx looks for a name in the module where it is used and at its full path only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util.nodes import make_refnode
+
+TOP = ("class", "data", "exception", "function", "module")
+
+
+def resolve(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.TextElement
+) -> nodes.reference | None:
+    """Returns a link if the reference documents one object of this name, else None."""
+    if node.get("refdomain") != "py":
+        return None
+    domain: Any = env.get_domain("py")
+    name = node["reftarget"]
+    name = f"deq_jax.{name.removeprefix('deq.')}" if name.startswith("deq.") else name
+    found = [
+        (path, entry)
+        for path, entry in domain.objects.items()
+        if path == name or path.endswith(f".{name}")
+        if not entry.aliased and ("." in name or entry.objtype in TOP)
+    ]
+    # `deq_jax.Task` before `deq_jax.training.task.Task`.
+    found.sort(key=lambda pair: pair[0].count("."))
+    if not found or (len(found) > 1 and found[0][0].count(".") == found[1][0].count(".")):
+        return None
+    _, entry = found[0]
+    docname = node.get("refdoc", env.docname)
+    return make_refnode(app.builder, docname, entry.docname, entry.node_id, contnode, name)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Called by Sphinx."""
+    app.connect("missing-reference", resolve)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
