@@ -19,6 +19,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "flag_tables",
     "links",
 ]
 exclude_patterns = ["_build"]
