@@ -1,5 +1,7 @@
 """Pages of docs/ that list or quote what the code has."""
 
+import ast
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 from absl import flags as absl_flags
 
+import deq_jax
 from deq_jax.training import Config, flags
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,3 +59,63 @@ def test_the_mark_is_on_what_a_resumed_run_may_change():
     table = flag_tables.markdown(flag_tables.COMMON)
     marked = set(re.findall(r"`--([\w.]+)` \\\*", table))
     assert marked == {leaf.name for leaf in flags.fields.leaves(Config()) if leaf.may_change}
+
+
+def messages() -> list[str]:
+    """All texts of the code; what is formatted into one is a line break."""
+    found = []
+    for part in ("deq_jax", "experiments"):
+        for path in (ROOT / part).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    parts = (v.value if isinstance(v, ast.Constant) else "\n" for v in node.values)
+                    found.append("".join(map(str, parts)))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return found
+
+
+def test_quoted_messages_are_those_of_the_code():
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    tables = page.split("| message | what to do |\n")[1:]
+    lines = [line for table in tables for line in table.split("\n\n")[0].splitlines()[1:]]
+    quoted = [line.split("`")[1] for line in lines if line.startswith("| `")]
+    assert len(quoted) > 25
+    texts = messages()
+    for message in quoted:
+        parts = [re.escape(part.strip()) for part in re.split(r"(?:\.\.\.)+", message)]
+        pattern = re.compile(r"[\s\S]*".join(parts))
+        assert any(pattern.search(text) for text in texts), message
+
+
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+
+def resolve(path: str) -> object:
+    """What a dotted name below deq_jax is; raises if it is nothing."""
+    name, found = "deq_jax", deq_jax
+    for part in path.split("."):
+        name = f"{name}.{part}"
+        # As the import system does, a module comes after an attribute of its name.
+        found = getattr(found, part) if hasattr(found, part) else importlib.import_module(name)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_of_the_library_and_flags_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"\bdeq(?:_jax)?\.((?:\w+\.)*\w+)", text):
+        resolve(path)
+    names = set(flag_tables.define(Config()))
+    for task in flag_tables.tasks():
+        names |= set(flag_tables.define(next(iter(flag_tables.presets(task).values()))))
+    used = re.findall(r"--(\w+\.\w+)", text)
+    assert set(used) <= names
+
+
+def test_papers_that_the_code_names_are_on_the_page():
+    page = (DOCS / "references.md").read_text(encoding="utf-8")
+    number = re.compile(r"arXiv (\d{4}\.\d{4,5}|math-ph/\d+)")
+    sources = [p for part in ("deq_jax", "experiments") for p in (ROOT / part).rglob("*.py")]
+    named = {m for path in sources for m in number.findall(path.read_text(encoding="utf-8"))}
+    assert named and named <= set(number.findall(page))

@@ -1,4 +1,4 @@
-"""Language models on transformer layers: the DEQ-Transformer and its explicit rivals.
+"""Language models on transformer layers: the DEQ-Transformer and its explicit baselines.
 
     u = inject(embed(words));   z* = f(z*; u, memory);   log p(next word) = softmax(z*)
 
@@ -220,7 +220,7 @@ class DEQTransformer(_LanguageModel):
 
 
 class ExplicitTransformer(_LanguageModel):
-    """The rival: a network of L such layers, each with a memory of its own.
+    """The baseline: a network of L such layers, each with a memory of its own.
 
     z_0 = 0, z_{l+1} = f_l(z_l; u, memory_l).  Layer l remembers its inputs z_l.
 

@@ -1,10 +1,14 @@
-"""Resolves `Name` and `deq.Name` in docstrings to what the reference documents as deq_jax....Name.
+"""Links in docstrings.
 
-Sphinx looks for a name in the module where it is used and at its full path only.
+Resolves `Name` and `deq.Name` in docstrings to what the reference documents as deq_jax....Name.
+
+Sphinx looks for a name in the module where it is used and at its full path only.  Numbers of arXiv
+become links, too.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from docutils import nodes
@@ -13,6 +17,7 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.nodes import make_refnode
 
+ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5}|math-ph/\d{7})")
 TOP = ("class", "data", "exception", "function", "module")
 
 
@@ -40,7 +45,14 @@ def resolve(
     return make_refnode(app.builder, docname, entry.docname, entry.node_id, contnode, name)
 
 
+def link_arxiv(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Makes a link of "arXiv 2106.14342"."""
+    for i, line in enumerate(lines):
+        lines[i] = ARXIV.sub(r"`arXiv \1 <https://arxiv.org/abs/\1>`__", line)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
     app.connect("missing-reference", resolve)
+    app.connect("autodoc-process-docstring", link_arxiv)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
