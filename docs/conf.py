@@ -20,11 +20,15 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "flag_tables",
-    "links",
+    "docstrings",
+    "mathml",
 ]
 exclude_patterns = ["_build"]
 html_theme = "sphinx_book_theme"
 html_title = f"deq_jax {version}"
+html_math_renderer = "mathml"
+html_static_path, html_css_files = ["_static"], ["site.css"]
+html_theme_options = {"navbar_start": [], "navbar_persistent": []}
 
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3

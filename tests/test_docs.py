@@ -57,7 +57,7 @@ def test_tables_have_every_flag_and_make_every_preset(task):
 
 def test_the_mark_is_on_what_a_resumed_run_may_change():
     table = flag_tables.markdown(flag_tables.COMMON)
-    marked = set(re.findall(r"`--([\w.]+)` \\\*", table))
+    marked = set(re.findall(r"`--([\w.]+)`\\\*", table))
     assert marked == {leaf.name for leaf in flags.fields.leaves(Config()) if leaf.may_change}
 
 

@@ -59,7 +59,7 @@ class _LanguageModel(nn.Module):
 
         Args:
           batch: B, number of streams.
-          length: positions to remember; None for `memory`.
+          length: positions to remember; None for ``memory``.
 
         Returns:
           A `Memory` of zeros.
@@ -198,7 +198,7 @@ class DEQTransformer(_LanguageModel):
         Args:
           words: int [B, T].
           targets: int [B, T], the word after each.
-          memory: what the segments before have left; its length may differ from `memory`.
+          memory: what the segments before have left; its length may differ from ``memory``.
           train: whether dropout masks are drawn (stream "dropout").
           max_steps: budget of the solve; None for the solver's.
           probe: see `deq.backward_probe`.
@@ -280,7 +280,7 @@ class ExplicitTransformer(_LanguageModel):
         Args:
           words: int [B, T].
           targets: int [B, T], the word after each.
-          memory: what the segments before have left; its length may differ from `memory`.
+          memory: what the segments before have left; its length may differ from ``memory``.
           train: whether dropout masks are drawn (stream "dropout").
 
         Returns:

@@ -85,9 +85,9 @@ def _flag_table(config: Any, names: Iterable[str]) -> str:
     lines = ["| flag | default | takes | what it does |", "| --- | --- | --- | --- |"]
     for name in names:
         flag = values[name]
-        takes = "true or false" if flag.boolean else flag.parser.flag_type()
+        takes = "true or false" if flag.boolean else flag.parser.flag_type().replace("|", ", ")
         text = str(flag.help).removesuffix("\n(default: none)").removesuffix(": ")
-        mark = " \\*" if name in free else ""
+        mark = "\\*" if name in free else ""
         default = _code(written(flag.default))
         lines.append(f"| `--{name}`{mark} | {default} | {_cell(takes)} | {_cell(text)} |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Links in docstrings.
+"""What autodoc shows of docstrings: links, signatures, members.
 
 Resolves `Name` and `deq.Name` in docstrings to what the reference documents as deq_jax....Name.
 
@@ -9,6 +9,7 @@ become links, too.
 from __future__ import annotations
 
 import re
+from types import FunctionType
 from typing import Any
 
 from docutils import nodes
@@ -51,8 +52,31 @@ def link_arxiv(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines:
         lines[i] = ARXIV.sub(r"`arXiv \1 <https://arxiv.org/abs/\1>`__", line)
 
 
+def tidy_signature(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: Any
+) -> tuple[str, Any] | None:
+    """Leaves out what says nothing: the call of a protocol, the parent of a Linen module."""
+    if getattr(obj, "_is_protocol", False):
+        return "", None
+    if signature is None:
+        return None
+    short = re.sub(r", parent=<flax[^>]*>, name=None", "", signature)
+    return re.sub(r"<function (\w+)>", r"\1", short), returns
+
+
+def skip_default(
+    app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any
+) -> bool | None:
+    """A function that is the default of a field is documented elsewhere, under its own name."""
+    own = getattr(obj, "__qualname__", "").split(".")
+    borrowed = isinstance(obj, FunctionType) and (len(own) == 1 or own[-1] != name)
+    return True if what == "class" and borrowed else None
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
     app.connect("missing-reference", resolve)
     app.connect("autodoc-process-docstring", link_arxiv)
+    app.connect("autodoc-process-signature", tidy_signature)
+    app.connect("autodoc-skip-member", skip_default)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
