@@ -29,7 +29,7 @@ from deq_jax.training.distributed import PeerMonitor
 ConfigT = TypeVar("ConfigT")
 
 _PROCESSES = {
-    "coordinator": (str | None, "host:port of process 0, or auto to ask the cluster (docs/devices.md)"),
+    "coordinator": (str | None, "host:port of process 0, or auto: see docs/devices.md"),
     "num_processes": (int | None, "processes of this run"),
     "process_id": (int | None, "which of them this one is, from 0"),
 }
