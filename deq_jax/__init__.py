@@ -21,7 +21,7 @@ from deq_jax.adjoints import (
     backward_probe,
     root_vjp,
 )
-from deq_jax.check import check
+from deq_jax.check import ConvergenceError, check
 from deq_jax.correction import correction
 from deq_jax.diagnosis import Diagnosis, diagnose
 from deq_jax.fixed_point import fixed_point
@@ -44,6 +44,7 @@ __all__ = [
     "Backprop",
     "BackwardStats",
     "Broyden",
+    "ConvergenceError",
     "Diagnosis",
     "Equation",
     "Implicit",

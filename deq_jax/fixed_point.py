@@ -68,7 +68,7 @@ def fixed_point(
         last step, or the one that converged.
       batched: False if z0 has no batch axis: then f is called without one, and the statistics are
         scalars.  True if z0 is ``[B]`` and every number is a sample.
-      trace: whether ``stats.trace`` is recorded.  `jax_debug_infs` wants False.
+      trace: whether ``stats.trace`` is recorded.  ``jax_debug_infs`` wants False.
       states: numbers i >= 1 of iterates z_i to sample, for losses on the way (`correction`).  A
         sample that stops earlier repeats its value.  Under `Implicit` and `Shine` a sampled state
         is f(z_i), under `Unroll` the rule's steps from z_i, with z_i constant: each state has a

@@ -1,6 +1,13 @@
 """Settings of the documentation: ``sphinx-build -W -n docs docs/_build``."""
 
+import sys
+from pathlib import Path
+
 from deq_jax import __version__
+
+HERE = Path(__file__).parent
+# The flag tables are made from the experiments, which are not installed.
+sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
 
 project = "deq_jax"
 author = "the deq_jax authors"
@@ -12,10 +19,16 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "flag_tables",
+    "docstrings",
+    "mathml",
 ]
 exclude_patterns = ["_build"]
 html_theme = "sphinx_book_theme"
 html_title = f"deq_jax {version}"
+html_math_renderer = "mathml"
+html_static_path, html_css_files = ["_static"], ["site.css"]
+html_theme_options = {"navbar_start": [], "navbar_persistent": []}
 
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
@@ -29,5 +42,7 @@ autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 napoleon_use_ivar = True
 napoleon_use_rtype = False
-# Names of other packages and private helpers; no inventory is fetched.
-nitpick_ignore_regex = [("py:.*", ".*")]
+# The build has no network: intersphinx would fetch an inventory from each of these packages.  Their
+# names stay without a link; all other names in single backticks must lead somewhere.
+OTHERS = "app|collections|dataclasses|datasets|flax|jax|jnp|nn|nnx|numpy|os|safetensors|tfds"
+nitpick_ignore_regex = [("py:.*", rf"({OTHERS})(\..*)?")]

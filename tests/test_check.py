@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import deq_jax as deq
-from deq_jax.check import ConvergenceError, check
+from deq_jax import ConvergenceError, check
 
 X = jnp.array([[0.1], [0.5], [0.5], [0.5]])
 

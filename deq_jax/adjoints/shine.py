@@ -30,9 +30,9 @@ class Shine:
     each.
 
     P knows only the directions of the forward steps.  On cells trained with a Jacobian penalty
-    (`benchmarks.shine`) P alone was hardly nearer to the exact gradient than the Jacobian-free one,
-    by cosine 0.972 to 0.972 (image cell) and 0.948 to 0.947 (text cell); one refining step gave
-    0.999 and 0.990.
+    (``benchmarks.shine``) P alone was hardly nearer to the exact gradient than the Jacobian-free
+    one, by cosine 0.972 to 0.972 (image cell) and 0.948 to 0.947 (text cell); one refining step
+    gave 0.999 and 0.990.
 
     A sample whose forward solve did not converge keeps the Jacobian-free gradient, u = v.
 

@@ -104,7 +104,7 @@ def _classification(branches: int, projected: Container[int]) -> Iterator[Module
 def convert_state(
     state: Mapping[str, np.ndarray], *, segmentation: bool = False, partial: bool = False
 ) -> Converted:
-    """Lays out a published state dict as the parameters of `deq_jax.models.mdeq.MDEQ`.
+    """Lays out a published state dict as the parameters of `MDEQ`.
 
     Args:
       state: name -> array, as `deq_jax.convert.torch_state.read` returns it.

@@ -71,7 +71,7 @@ def modules(clusters: int = 1, *, normalised: bool = True) -> Iterator[Module | 
 def convert_state(
     state: Mapping[str, np.ndarray], *, cutoffs: Sequence[int] = (), partial: bool = False
 ) -> Converted:
-    """Lays out a published state dict as the parameters of `models.transformer.DEQTransformer`.
+    """Lays out a published state dict as the parameters of `DEQTransformer`.
 
     Args:
       state: name -> array, as `deq_jax.convert.torch_state.read` returns it.

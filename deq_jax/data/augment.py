@@ -67,8 +67,8 @@ class RandomFlip:
 class RandomResizedCrop:
     """Cuts out a box of random area and shape and resizes it to a square.
 
-    The area is uniform in `scale` times the image's, the logarithm of width / height uniform in
-    `ratio`'s; a box that does not fit is drawn again, ten times, then the largest central box of an
+    The area is uniform in ``scale`` times the image's, the logarithm of width / height uniform in
+    ``ratio``'s; a box that does not fit is drawn again, ten times, then the largest central box of
     allowed shape is taken.
 
     Attributes:
@@ -127,7 +127,7 @@ class ResizeCrop:
 
     Attributes:
       resize: length of the shorter side.
-      crop: height and width of the result, at most `resize`.
+      crop: height and width of the result, at most ``resize``.
 
     Example:
       >>> ResizeCrop(36, 32)({"image": np.zeros((50, 80, 3), np.uint8)})["image"].shape

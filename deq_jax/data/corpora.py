@@ -119,7 +119,7 @@ def prose() -> dict[str, bytes]:
 
     Nothing is downloaded; the text is that of the running Python.  Every fourth topic is held out,
     for "valid" and "test" in turn.  A paragraph that several topics share is kept once, so that
-    nothing held out was seen in training.  Words that the training topics have fewer than `RARE`
+    nothing held out was seen in training.  Words that the training topics have fewer than ``RARE``
     times are ``<unk>``.
 
     Returns:

@@ -164,7 +164,7 @@ IMAGENET = _of_255((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @dataclasses.dataclass(frozen=True)
 class RandomShift:
-    """Moves an image by up to `pixels` in each direction; the edge is repeated into the gap.
+    """Moves an image by up to ``pixels`` in each direction; the edge is repeated into the gap.
 
     Attributes:
       pixels: largest shift, at least 0.

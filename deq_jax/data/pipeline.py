@@ -114,7 +114,7 @@ def train_iterator(
       on_corrupt: what is done about a record that cannot be read, augmented or transformed.
         "stop": ``next(it)`` raises `CorruptRecord`, which names it, at the batch that holds it.
         "skip": it is told on stderr, and the example that stands at the same place of the next
-        epoch is taken instead, or of the one after that; after `TRIES` of them in a row
+        epoch is taken instead, or of the one after that; after ``TRIES`` of them in a row
         ``next(it)`` raises `CorruptRecord`.
 
     Returns:
@@ -168,7 +168,7 @@ def eval_batches(
 
     Raises:
       ValueError: an empty source, a batch size below 1, a shard that does not exist.
-      CorruptRecord: see `on_corrupt`; under "skip" if no record at all can be read.
+      CorruptRecord: see ``on_corrupt``; under "skip" if no record at all can be read.
 
     Example:
       >>> squares = [{"x": np.float32(i * i)} for i in range(5)]

@@ -21,7 +21,7 @@ class Classes:
     Attributes:
       names: of the classes.
       palette: uint8 [classes, 3], the colours by which they are drawn.
-      ids: label in the set -> class; every other label becomes `IGNORE`.
+      ids: label in the set -> class; every other label becomes ``IGNORE``.
       weights: of the classes in the published loss, float32 [classes], or None.
 
     Example:
@@ -118,7 +118,7 @@ class Labelled:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Record:
-        """One example, its label uint8 [H, W] with `IGNORE` where no class is."""
+        """One example, its label uint8 [H, W] with ``IGNORE`` where no class is."""
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record]:
@@ -175,7 +175,7 @@ def class_weights(source: Source, classes: int, on_corrupt: OnCorrupt = "stop") 
 class RandomScaleCropFlip:
     """Scales image and label by one random factor, crops both at one random place, mirrors both.
 
-    Where the scaled image is smaller than the crop it is filled up with a colour and `IGNORE`.
+    Where the scaled image is smaller than the crop it is filled up with a colour and ``IGNORE``.
 
     Attributes:
       height: of the crop.

@@ -112,7 +112,7 @@ def num_classes(source: Any) -> int | None:
     """The number of classes of an opened set.
 
     Args:
-      source: from `open_tfds`, or `deq_jax.data.hub.open_hub`.
+      source: from `open_tfds`, or `open_hub`.
 
     Returns:
       What the set's description says of "label"; None if it says nothing.
@@ -174,7 +174,7 @@ def in_memory(source: Source, on_corrupt: OnCorrupt = "stop") -> InMemory:
 
     Raises:
       ValueError: images of different sizes, an empty source.
-      CorruptRecord: see `on_corrupt`; under "skip" if no record at all can be read.
+      CorruptRecord: see ``on_corrupt``; under "skip" if no record at all can be read.
 
     Example:
       >>> part = [{"image": np.zeros((2, 2, 1), np.uint8), "label": 1}] * 3

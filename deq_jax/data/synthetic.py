@@ -34,7 +34,7 @@ def curve(x: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pairs:
-    """Pairs (x, y), a source for `deq_jax.data.pipeline`.
+    """Pairs (x, y), a source for ``deq_jax.data.pipeline``.
 
     Attributes:
       x: float32 [N, 1].
@@ -67,7 +67,7 @@ def regression(count: int, *, seed: int, noise: float = 0.05) -> Pairs:
       x, y float32 [count, 1].
 
     Raises:
-      ValueError: `count` below 1 or negative noise.
+      ValueError: ``count`` below 1 or negative noise.
 
     Example:
       >>> regression(4096, seed=0).y.shape

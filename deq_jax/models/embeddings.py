@@ -51,14 +51,14 @@ class AdaptiveEmbedding(nn.Module):
     Attributes:
       vocab: V, number of words, in order of frequency.
       features: size of the model's state.
-      embed: size of the vectors of the shortlist; None for `features`.
+      embed: size of the vectors of the shortlist; None for ``features``.
       cutoffs: number of words before each tail, rising; () for one softmax over all.
       div_val: every tail's vectors are so many times shorter than those of the cluster before.
       tie_weights: whether the softmax scores with the vectors that embed.
       tie_projections: likewise of the projections, one flag for each cluster; () ties those of the
         tails, as published.
       init_weights: initialiser of all weights; biases start at zero.
-      per_device: what `nll` is wrapped in; `training.parallel.sharded_map(mesh)` lets each device
+      per_device: what `nll` is wrapped in; ``training.parallel.sharded_map(mesh)`` lets each device
         of a mesh sort its own words.
 
     Raises:

@@ -64,9 +64,9 @@ class MDEQ(nn.Module):
 
     Attributes:
       cell: the map that is iterated.
-      head: a module called as ``head(z, train=...)``: one of `models.heads`.
+      head: a module called as ``head(z, train=...)``: `ClassificationHead` or another.
       solver: forward solver.
-      adjoint: gradient rule; None for `Implicit(solver)`.
+      adjoint: gradient rule; None for ``Implicit(solver)``.
       keep: the iterate to return, ``"best"`` (smallest residual) or ``"last"``.
       downsample: how often the stem halves the images, 0 to 2.
       momentum: weight of the newest batch in the stem's running batch statistics.

@@ -50,7 +50,7 @@ class Block(nn.Module):
       big_kernels: how many of the two convolutions are 5x5 instead of 3x3, the first one first.
       groups: groups of every normalisation.
       kernel_init: initialiser of both kernels.
-      weights: family of the product of both kernels at their centre taps, instead of `kernel_init`;
+      weights: family of the product of both kernels at their centre taps, not ``kernel_init``;
         gaussian ones are drawn at all taps.
 
     Example:
@@ -163,7 +163,7 @@ class MDEQCell(nn.Module):
 
         y_i = block_i(z_i, x if i = 0);   s_i = sum_j fuse_ij(y_j);   f_i = GN(conv(relu(s_i)))
 
-    with fuse_ij the identity for i = j, `Down` for j < i and `Up` for j > i.
+    with fuse_ij the identity for i = j, ``Down`` for j < i and ``Up`` for j > i.
 
     Attributes:
       channels: C_i, channels of each branch, finest first.
@@ -175,7 +175,7 @@ class MDEQCell(nn.Module):
       dropout: probability of dropping an element of a block's h, one mask for a whole solve.
       kernel_init: initialiser of the kernels that weight norm owns.
       weights: family of the initial weights of what maps a branch to itself, instead of
-        `kernel_init`: the blocks' two kernels as a product, and the 1x1 kernel after the fusion.
+        ``kernel_init``: the blocks' two kernels as a product, and the 1x1 kernel after the fusion.
 
     Raises:
       ValueError: lengths that disagree, groups that do not divide, a rate outside [0, 1).

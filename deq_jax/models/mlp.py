@@ -91,8 +91,8 @@ class DenseCell(nn.Module):
     ``f(z; x) = phi(W z + x)``
 
     Attributes:
-      activation: phi, e.g. `jnp.tanh`, `jax.nn.relu`, `hard_tanh`, `identity`.
-      kernel_init: initialiser of W, e.g. `deq.init.orthogonal(0.8)`.
+      activation: phi, e.g. `jnp.tanh`, `jax.nn.relu`, ``hard_tanh``, ``identity``.
+      kernel_init: initialiser of W, e.g. ``deq.init.orthogonal(0.8)``.
 
     Example:
       >>> z = jnp.ones((2, 4))
@@ -119,7 +119,7 @@ class ScalarDEQ(nn.Module):
 
     Attributes:
       solver: forward solver.
-      adjoint: gradient rule; None for `Implicit(solver)`.
+      adjoint: gradient rule; None for ``Implicit(solver)``.
       keep: the iterate to return, ``"best"`` (smallest residual) or ``"last"``.
       hidden: hidden units of the cell.
       weights: family of the cell's initial weights; None for the published ones.
@@ -181,7 +181,7 @@ class MLPDEQ(nn.Module):
       outputs: size of y.
       width: D, size of the state.
       solver: forward solver.
-      adjoint: gradient rule; None for `Implicit(solver)`.
+      adjoint: gradient rule; None for ``Implicit(solver)``.
       keep: the iterate to return, ``"best"`` (smallest residual) or ``"last"``.
       activation: phi.
       kernel_init: initialiser of W.

@@ -1,4 +1,4 @@
-"""Residual networks, the explicit rivals of the multiscale DEQ."""
+"""Residual networks, the explicit baselines for the multiscale DEQ."""
 
 from __future__ import annotations
 

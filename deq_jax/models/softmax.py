@@ -36,7 +36,7 @@ def linear_nll(
       labels: int [N], in [0, V) within ``start:stop``, anything elsewhere.
       start: first row wanted; it may be traced.
       stop: row after the last one wanted; None for N.
-      chunk: rows at once; None for as many as `CHUNK` allows.
+      chunk: rows at once; None for as many as ``CHUNK`` allows.
 
     Returns:
       float32 (float64 of float64) [N]; 0 for rows outside of ``start:stop``.  Differentiable once,

@@ -1,4 +1,4 @@
-"""Language models on transformer layers: the DEQ-Transformer and its explicit rivals.
+"""Language models on transformer layers: the DEQ-Transformer and its explicit baselines.
 
     u = inject(embed(words));   z* = f(z*; u, memory);   log p(next word) = softmax(z*)
 
@@ -59,7 +59,7 @@ class _LanguageModel(nn.Module):
 
         Args:
           batch: B, number of streams.
-          length: positions to remember; None for `memory`.
+          length: positions to remember; None for ``memory``.
 
         Returns:
           A `Memory` of zeros.
@@ -147,7 +147,7 @@ class DEQTransformer(_LanguageModel):
       reparam: reparametrisation of the cell's parameters, None for plain ones.
       init_weights: initialiser of the injection's weights.
       solver: forward solver.
-      adjoint: gradient rule; None for `Implicit(solver)`.
+      adjoint: gradient rule; None for ``Implicit(solver)``.
       keep: the iterate to return, ``"best"`` (smallest residual) or ``"last"``.
       fixed_point: `deq.fixed_point`, or the sharded one of `training.parallel`.
 
@@ -198,7 +198,7 @@ class DEQTransformer(_LanguageModel):
         Args:
           words: int [B, T].
           targets: int [B, T], the word after each.
-          memory: what the segments before have left; its length may differ from `memory`.
+          memory: what the segments before have left; its length may differ from ``memory``.
           train: whether dropout masks are drawn (stream "dropout").
           max_steps: budget of the solve; None for the solver's.
           probe: see `deq.backward_probe`.
@@ -220,7 +220,7 @@ class DEQTransformer(_LanguageModel):
 
 
 class ExplicitTransformer(_LanguageModel):
-    """The rival: a network of L such layers, each with a memory of its own.
+    """The baseline: a network of L such layers, each with a memory of its own.
 
     z_0 = 0, z_{l+1} = f_l(z_l; u, memory_l).  Layer l remembers its inputs z_l.
 
@@ -280,7 +280,7 @@ class ExplicitTransformer(_LanguageModel):
         Args:
           words: int [B, T].
           targets: int [B, T], the word after each.
-          memory: what the segments before have left; its length may differ from `memory`.
+          memory: what the segments before have left; its length may differ from ``memory``.
           train: whether dropout masks are drawn (stream "dropout").
 
         Returns:

@@ -128,7 +128,7 @@ class Solution:
 
     @property
     def at(self) -> tuple[Callable[..., PyTree], PyTree, PyTree, PyTree]:
-        """``(f, params, z, x)``: the leading arguments of the functions in `deq_jax.jacobian`."""
+        """``(f, params, z, x)``: how `frobenius_penalty` and `spectral_radius` begin."""
         if self.equation is None:
             raise ValueError(
                 "got a Solution without an equation; wanted one returned by a linen or nnx DEQ "

@@ -130,7 +130,7 @@ def hyperbola(batch: int = 4, *, dtype: Any = jnp.float32) -> Problem:
 
     There is no solution, but f(z) - z is less than 1 / (2 z): it falls below any tolerance at a
     large z.  A solver that reports this as converged is honest; only a look at the Jacobian, which
-    is 1 - 1 / (2 z^2), shows that no fixed point is near (`deq_jax.diagnosis.diagnose` does).
+    is 1 - 1 / (2 z^2), shows that no fixed point is near (`deq.diagnose` does).
 
     Args:
       batch: number of samples, which differ in their starts.

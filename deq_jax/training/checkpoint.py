@@ -49,12 +49,12 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run: `directory/000000500/` after 500 steps, and so on.
+    """The checkpoints of one run: ``directory/000000500/`` after 500 steps, and so on.
 
     A save runs in the background, one at a time.  Older checkpoints go only when a newer one is
     complete.  The newest ones are kept, and on request every n-th step and the best one.
 
-    Orbax's own `training.Checkpointer` rotates too, but it cannot be opened when a file of one
+    Orbax's own ``training.Checkpointer`` rotates too, but it cannot be opened when a file of one
     checkpoint is damaged or a foreign folder has a number for a name, and after a full disk it
     repeats the old error and leaves the unfinished files where they are.
 
@@ -123,7 +123,7 @@ class Checkpoints:
         return saved_steps(self._directory)
 
     def best(self) -> int | None:
-        """The step of the best checkpoint by the metric `keep_best`.
+        """The step of the best checkpoint by the metric ``keep_best``.
 
         Returns:
           The earliest of several equal ones; None if no checkpoint was saved with that metric.
@@ -141,13 +141,13 @@ class Checkpoints:
         host: dict[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Begins to save; returns as soon as `state` may be donated.
+        """Begins to save; returns as soon as ``state`` may be donated.
 
         Args:
           step: the number of finished steps.
           state: what to save, a `TrainState` or any tree of arrays.
           host: what else to save, a dict that JSON can hold.
-          metrics: of an evaluation of this very state, for `keep_best`; None if there was none.
+          metrics: of an evaluation of this very state, for ``keep_best``; None if there was none.
 
         Raises:
           CheckpointError: this save could not begin, or the one before it failed.
@@ -202,7 +202,7 @@ class Checkpoints:
     def restore(self, template: TrainState) -> Restored | None:
         """Reads the newest checkpoint that is whole and belongs to this run.
 
-        Newer ones that are not are renamed to `damaged-...`, never overwritten or deleted.
+        Newer ones that are not are renamed to ``damaged-...``, never overwritten or deleted.
 
         Args:
           template: a TrainState of `jax.ShapeDtypeStruct` with shardings.
@@ -338,7 +338,7 @@ def saved_steps(directory: Folder) -> list[int]:
     """The steps of the complete checkpoints in a folder.
 
     Args:
-      directory: `.../checkpoints`; it need not exist.
+      directory: ``.../checkpoints``; it need not exist.
 
     Returns:
       Rising.
@@ -363,7 +363,7 @@ def read(path: Folder) -> tuple[Any, dict[str, Any]]:
     """Reads one checkpoint as plain nested dicts, whatever model and run it is of.
 
     Args:
-      path: folder of the checkpoint, `.../checkpoints/000000500`.
+      path: folder of the checkpoint, ``.../checkpoints/000000500``.
 
     Returns:
       (state, host): what was saved, arrays on a device of this process; the dict saved beside it.

@@ -10,8 +10,8 @@ An experiment adds its own parts by inheriting from `Config`:
     PRESETS = {"digits": DigitsConfig(workdir="runs/digits", solver=SolverConfig(max_steps=12))}
 
 Every field is written with `option(default, "what it does")`, which `flags.py` shows under
-`--helpshort`.  Values are checked where they are stored (`__post_init__`), so a configuration that
-exists is a valid one, whether it came from a preset, from flags or from a config.json.
+``--helpshort``.  Values are checked where they are stored (``__post_init__``), so a configuration
+that exists is a valid one, whether it came from a preset, from flags or from a config.json.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def option(default: Any, description: str, *, may_change: bool = False) -> Any:
 
     Args:
       default: the field's default value.
-      description: one line, shown by `--helpshort`.
+      description: one line, shown by ``--helpshort``.
       may_change: whether a run may be resumed with another value of this field.  Only for fields
         that do not influence the parameters which the run ends with.
 
@@ -164,10 +164,10 @@ class BackwardConfig:
         self.build_adjoint()
 
     def build_adjoint(self) -> deq.Adjoint:
-        """The gradient rule that these values describe, for `deq.fixed_point(adjoint=...)`.
+        """The gradient rule that these values describe, for ``deq.fixed_point(adjoint=...)``.
 
         Returns:
-          A rule of `deq_jax.adjoints`.
+          A gradient rule, for instance `deq_jax.Implicit`.
 
         Example:
           >>> BackwardConfig(name="unroll", max_steps=5, damping=0.5).build_adjoint()
@@ -352,7 +352,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What every experiment needs; experiments inherit and add `model` and `data`."""
+    """What every experiment needs; experiments inherit and add ``model`` and ``data``."""
 
     workdir: str = option(
         "runs/default",
@@ -418,7 +418,7 @@ class Config:
 
     @property
     def profiled_steps(self) -> tuple[int, int]:
-        """The first step that `profile` traces, and the first one after them."""
+        """The first step that ``profile`` traces, and the first one after them."""
         start, count = map(int, (self.profile or "0:0").split(":"))
         return start, start + count
 
@@ -435,10 +435,10 @@ class Config:
     def build_solver(self) -> deq.Picard | deq.Anderson | deq.Broyden:
         """Builds the forward solver of training, with room for the largest random budget.
 
-        The training step passes the budget of each solve (`max_steps`) itself.
+        The training step passes the budget of each solve (``max_steps``) itself.
 
         Returns:
-          A solver; no budget of a training step exceeds its `max_steps`.
+          A solver; no budget of a training step exceeds its ``max_steps``.
 
         Example:
           >>> Config(solver=SolverConfig(max_steps=8), jac=JacConfig(budget_high=2)).build_solver()
@@ -453,7 +453,7 @@ class Config:
         which budgets, a model is evaluated.
 
         Returns:
-          A solver; no evaluation budget exceeds its `max_steps`.
+          A solver; no evaluation budget exceeds its ``max_steps``.
 
         Example:
           >>> Config(eval=EvalConfig(budgets=(4, 50))).build_eval_solver().max_steps

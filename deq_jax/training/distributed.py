@@ -37,7 +37,7 @@ _GRACE = 0.7
 """Seconds in which the others may fail for the same reason, and say so in their own words."""
 
 EXIT_CODE = 75
-"""Exit code of a process that another has left alone: EX_TEMPFAIL, "try again"."""
+"""Exit code of a process that another has left alone, EX_TEMPFAIL ("try again")."""
 
 
 def initialize(

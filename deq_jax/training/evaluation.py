@@ -86,7 +86,7 @@ class Evaluator:
 
         Args:
           task: model and loss.
-          config: its `eval` part says at which budgets, and whether the spectral radius is wanted.
+          config: ``eval`` says at which budgets, and whether the spectral radius is wanted.
           eval_data: called once for each evaluation, for the batches of one pass.
           mesh: devices, from `parallel.make_mesh`; None for all devices.
         """
@@ -171,13 +171,13 @@ def evaluate(
 
     Args:
       task: model and loss.
-      config: its `eval` part says at which budgets, and whether the spectral radius is wanted.
+      config: ``eval`` says at which budgets, and whether the spectral radius is wanted.
       state: what to evaluate.
       eval_data: called for the batches of one pass.
       mesh: devices, from `parallel.make_mesh`; None for all devices.
 
     Returns:
-      budget -> metric -> number, as `Evaluator.__call__`.
+      budget -> metric -> number, as ``Evaluator.__call__``.
 
     Example:
       >>> evaluate(task, config, state, eval_data)[12]["loss"]  # doctest: +SKIP

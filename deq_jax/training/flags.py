@@ -1,8 +1,8 @@
 """Nested frozen dataclasses on the command line, as dotted absl flags.
 
-`--solver.max_steps=12` sets the field `max_steps` of the part `solver`.  Supported fields: int,
-float, bool, str, `Literal[...]` of strings, tuples of int, float or str (written `1,2,4`; empty for
-the empty tuple), and each of these `| None` (written `none`).
+``--solver.max_steps=12`` sets the field ``max_steps`` of the part ``solver``.  Supported fields:
+int, float, bool, str, ``Literal[...]`` of strings, tuples of int, float or str (written ``1,2,4``;
+empty for the empty tuple), and each of these ``| None`` (written ``none``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from deq_jax.training.distributed import PeerMonitor
 ConfigT = TypeVar("ConfigT")
 
 _PROCESSES = {
-    "coordinator": (str | None, "host:port of process 0, or auto to ask the cluster; see README"),
+    "coordinator": (str | None, "host:port of process 0, or auto: see docs/devices.md"),
     "num_processes": (int | None, "processes of this run"),
     "process_id": (int | None, "which of them this one is, from 0"),
 }
@@ -48,7 +48,7 @@ def run(main: Callable[[ConfigT], object], presets: Mapping[str, ConfigT], *, de
         if __name__ == "__main__":
             flags.run(run_experiment, PRESETS, default="paper")
 
-    `--preset=NAME` chooses the defaults of all other flags; `--solver.tol=1e-4` and the like
+    ``--preset=NAME`` chooses the defaults of all other flags; ``--solver.tol=1e-4`` and the like
     override them.  What a user can mend (a flag, a value, a `UsageError` from the experiment) is
     shown in one sentence on stderr and ends with exit code 1; an interrupted run ends with
     128 + signal number, as shells do, so that a scheduler knows that it is not finished.
@@ -56,7 +56,7 @@ def run(main: Callable[[ConfigT], object], presets: Mapping[str, ConfigT], *, de
     Args:
       main: called with the configuration.
       presets: name -> configuration, all of one type.
-      default: the preset used when `--preset` is not given.
+      default: the preset used when ``--preset`` is not given.
 
     Raises:
       SystemExit: always, as absl's `app.run`.
@@ -108,16 +108,16 @@ def run(main: Callable[[ConfigT], object], presets: Mapping[str, ConfigT], *, de
 def find_defaults(
     presets: Mapping[str, ConfigT], default: str, argv: Sequence[str], values: absl_flags.FlagValues
 ) -> tuple[str, ConfigT]:
-    """Reads `--preset` and `--config` before the other flags exist, whose defaults depend on them.
+    """Reads ``--preset`` and ``--config`` before the other flags, whose defaults depend on them.
 
     Args:
       presets: name -> configuration.
       default: the name to use when both flags are absent.
       argv: the command line with the program's name.
-      values: expands `--flagfile`.
+      values: expands ``--flagfile``.
 
     Returns:
-      A key of `presets`, and the configuration: of that name, or read from the file of `--config`.
+      A key of ``presets``, and the configuration: of that name, or read from ``--config``'s file.
 
     Raises:
       UsageError: there is no such preset, or the file holds no configuration of this program.
@@ -151,10 +151,10 @@ def find_defaults(
 
 
 def define(preset: str, config: Any, names: Iterable[str], values: absl_flags.FlagValues) -> None:
-    """Defines `--preset`, `--config` and one flag for every field, with defaults from `config`.
+    """Defines ``--preset``, ``--config`` and one flag for every field, defaults from ``config``.
 
     Args:
-      preset: default of `--preset`.
+      preset: default of ``--preset``.
       config: from `find_defaults`.
       names: of all presets.
       values: where the flags are defined.

@@ -68,7 +68,7 @@ def train(
     writers: Iterable[Writer] = (),
     callbacks: Iterable[Callback] = (),
 ) -> TrainResult:
-    """Trains a task, or resumes it, in `config.workdir`.
+    """Trains a task, or resumes it, in ``config.workdir``.
 
     A run that was interrupted, even by kill -9, continues from its newest checkpoint and ends with
     the same parameters, bit for bit, as one that was not.
@@ -79,7 +79,7 @@ def train(
       train_data: endless training batches, at the position of the first batch of the run.
       eval_data: called at every evaluation for the batches of one pass; None for no evaluation.
       mesh: devices, from `parallel.make_mesh`; None for all devices.
-      optimizer: replaces the one that `config.optim` describes; it applies its own learning rate,
+      optimizer: replaces the one that ``config.optim`` describes; it applies its own learning rate,
         and "lr" is not logged.
       writers: receive all metrics beside metrics.jsonl and TensorBoard, in process 0.
       callbacks: called after every training step, in all processes.  The state is donated to the

@@ -24,7 +24,7 @@ class TrainState:
       params: trained parameters.
       opt_state: state of the optimiser.
       extra: the model's other collections (batch statistics ...), {} if there are none.
-      carry: what the last batch has left to the next one, see `Task.carry`; else None.
+      carry: what the last batch has left to the next one, see ``carry`` of `Task`; else None.
     """
 
     step: jax.Array

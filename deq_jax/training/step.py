@@ -38,8 +38,8 @@ def make_train_step(
     Args:
       task: model and loss.
       config: the whole configuration.
-      optimizer: from `optim.make_optimizer`.
-      mesh: batches are split over it; the state is placed as `state.abstract_state` says.
+      optimizer: from ``optim.make_optimizer``.
+      mesh: batches are split over it; the state is placed as ``state.abstract_state`` says.
       warmup: True for the phase that trains the weight-tied unrolled network.
 
     Returns:
@@ -81,9 +81,9 @@ def make_update(
     Args:
       task: model and loss.
       config: the whole configuration.
-      optimizer: from `optim.make_optimizer`; another one applies its own learning rate, by its own
-        count of updates, and is called with ``step=state.step`` if it takes extra arguments.
-      mesh: the devices that jit splits the batch over; None for one device, or with `axis`.
+      optimizer: from ``optim.make_optimizer``; another one applies its own learning rate, by its
+        own count of updates, and is called with ``step=state.step`` if it takes extra arguments.
+      mesh: the devices that jit splits the batch over; None for one device, or with ``axis``.
       axis: name of the axis of `jax.pmap` or `jax.shard_map` (with any ``check_vma``) in which
         every device calls this with the same state and its own part of the batch: gradients,
         metrics and ``extra`` are averaged over it.  ``carry`` is each device's own.

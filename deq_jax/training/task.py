@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import flax.linen as nn
 
 Batch = Mapping[str, Any]
-"""Arrays with a common leading axis B, among them "mask" float32[B]: 0 marks padding."""
+"""Arrays with a common leading axis B, among them "mask" float32[B], 0 for padding."""
 
 EvalData = Callable[[], Iterable[Batch]]
 """Called at each evaluation; returns the batches of one pass over the evaluation set."""
@@ -50,7 +50,7 @@ class Task:
       sample: name -> `jax.ShapeDtypeStruct` of a training batch, over all devices; "mask" is added.
       carry: ``train -> tree of arrays [B, ...]``, what the first batch of a training run, or of an
         evaluation pass, receives from its predecessor; None if batches are independent.
-      leave: ``output -> tree``, what a batch leaves to the next one, like `carry`.
+      leave: ``output -> tree``, what a batch leaves to the next one, like ``carry``.
       x_axes: which operands of f hold one entry for each example, as for
         `deq_jax.training.parallel.sharded_fixed_point`.
       summarize: turns merged means into the numbers that are logged.
@@ -90,7 +90,7 @@ class Pass:
 
     Attributes:
       means: what the task's `loss` returned.
-      solution: of the DEQ layer, its `equation` filled in; None of an explicit network.
+      solution: of the DEQ layer, its ``equation`` filled in; None of an explicit network.
       extra: the collections other than "params" after the pass.
       carry: what the batch leaves to the next one.
       output: of the model.
@@ -174,7 +174,7 @@ def forward(
       key: PRNG key for dropout; None in evaluation.
       train: static; whether this is a training pass.
       warmup: static; whether to run the weight-tied unrolled network (`Unroll` from the start).
-      max_steps: budget of the solve; None for `config.eval_steps`, ignored in the warm-up.
+      max_steps: budget of the solve; None for ``config.eval_steps``, ignored in the warm-up.
       probe: see `deq.backward_probe`.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Weights from elsewhere: another run's, or published ones that `deq_jax.convert` has written.
+"""Weights from elsewhere: another run's, or published ones that ``deq_jax.convert`` has written.
 
 They are in a folder of checkpoints or in one `.safetensors` file, as the path's suffix says.  The
-arrays of a file are named `params/stem/conv1/kernel`, `batch_stats/stem/norm1/mean`.
+arrays of a file are named ``params/stem/conv1/kernel``, ``batch_stats/stem/norm1/mean``.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def load(path: str | os.PathLike[str], say: Callable[[str], None] = print) -> tu
     """Reads the weights of a run, or those that `save` wrote.
 
     Args:
-      path: a workdir of one model (for a comparison: `.../jr`), a folder of `save`, or a file that
-        ends in ``.safetensors``.
+      path: a workdir of one model (for a comparison: ``.../jr``), a folder of `save`, or a file
+        that ends in ``.safetensors``.
       say: called with what the user should know of newer checkpoints that are damaged.
 
     Returns:
@@ -185,7 +185,7 @@ def adopt(
       say: called with the sentences that the user should see.
 
     Returns:
-      (params, extra) like `own`, dtypes and shardings too.
+      (params, extra) like ``own``, dtypes and shardings too.
 
     Raises:
       UsageError: nothing fits, or nothing of the module "equilibrium" of a model that has one.

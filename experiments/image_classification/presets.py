@@ -216,7 +216,7 @@ LARGE_SGD = dataclasses.replace(IMAGENET_SGD, weight_decay=1e-4)
 
 
 def resnet(name: str, base: ImageConfig, train: TrainConfig) -> ImageConfig:
-    """An explicit rival, trained by the same loop: SGD .1, weight decay 1e-4, cosine.
+    """An explicit baseline, trained by the same loop: SGD .1, weight decay 1e-4, cosine.
 
     Args:
       name: "resnet18", "resnet50" or "resnet101".

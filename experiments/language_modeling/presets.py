@@ -16,8 +16,8 @@ the code that goes with it).  Where paper and code differ the code is followed:
 Dropout is .05 to .06 there, and .01 of attention weights: .05 and .01 here.  The memory is 150
 words, with JR 300 in evaluation.
 
-wikitext103_transformer is the explicit rival through the same code, of about as many parameters as
-the paper's Transformer-XL of 18 layers (110 million), but with this model's layers: the input is
+wikitext103_transformer is the explicit baseline through the same code, of about as many parameters
+as the paper's Transformer-XL of 18 layers (110 million), but with this model's layers: the input is
 injected into every one of them, and layer normalisation has no parameters.
 """
 
@@ -48,7 +48,7 @@ def solvers(forward: int, backward: int) -> dict[str, Any]:
       solver and backward, as keyword arguments of a `LanguageConfig`.
 
     Example:
-      >>> solvers(12, 13)["backward"].name
+      >>> solvers(12, 13)["backward"].solver
       'broyden'
     """
     return {
