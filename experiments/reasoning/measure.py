@@ -68,8 +68,8 @@ class Examination:
             name: {} for name in ("last", "best", "rms", "residual", "radius", "starts")
         }
         some = {name: array[: report.radius_examples] for name, array in batch.items()}
-        start = self._best(batch, 0)["z"]
-        looks = self._on(batch, start, {*report.loops, report.at})
+        start = self.begin(batch)
+        looks = self.on(batch, start, {*report.loops, report.at})
         for loops in report.loops:
             look = looks[loops]
             found["last"][loops] = _mean(look["right"])
@@ -82,7 +82,7 @@ class Examination:
         found["quarters"] = [_mean(part) for part in np.array_split(look["right"][order], 4)]
         for name, size in STARTS.items():
             start = size * jax.random.normal(jax.random.key(1), start.shape)
-            looks = self._on(batch, start, LONG)
+            looks = self.on(batch, start, LONG)
             found["starts"][name] = {n: _mean(looks[n]["right"]) for n in LONG}
         found["best_of"] = self._best_of(batch, start.shape)
         look = self._own(batch, self._most)
@@ -91,8 +91,22 @@ class Examination:
             found["rounds"] = {n: self._rounds(batch, n) for n in report.rounds}
         return found
 
-    def _on(self, batch: Batch, z: Any, loops: Collection[int]) -> dict[int, Numbers]:
-        """Loops on from a state; loops -> what is found there."""
+    def begin(self, batch: Batch) -> Any:
+        """The model's own start, float [B, T, C]."""
+        return self._best(batch, 0)["z"]
+
+    def on(self, batch: Batch, z: Any, loops: Collection[int]) -> dict[int, Numbers]:
+        """Loops on from a state.
+
+        Args:
+          batch: puzzles.
+          z: float [B, T, C].
+          loops: numbers of loops.
+
+        Returns:
+          loops -> "z", "answer" int [B, T], "confidence" [B, T], "right" bool [B], "rms" [B],
+          "residual" [B], "steps" [B].
+        """
         found, done = {}, 0
         for count in sorted(loops):
             found[count] = self._last(batch, count - done, z)
@@ -116,7 +130,7 @@ class Examination:
         loops, answer = self._report.at, words
         for done in range(1, rounds + 1):
             now = {**batch, "words": words}
-            look = self._last(now, loops, self._best(now, 0)["z"])
+            look = self._last(now, loops, self.begin(now))
             fixed = scored & (words != batch["words"])
             answer = np.where(fixed, words, look["answer"])
             sure = np.where(fixed, np.inf, look["confidence"])
