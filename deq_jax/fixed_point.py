@@ -151,6 +151,20 @@ def check_rule(solver: Solver, adjoint: Adjoint | None, keep: Keep) -> Adjoint:
     return rule
 
 
+def check_reparam(reparam: Any) -> None:
+    """Raises ValueError for what a layer cannot split and merge parameters with.
+
+    Args:
+      reparam: of a layer; None for none.
+    """
+    if reparam is None or (hasattr(reparam, "split") and hasattr(reparam, "merge")):
+        return
+    raise ValueError(
+        f"got reparam={reparam!r}; wanted None or an object with split and merge, such as "
+        "deq.weight_norm; write one whose merge calls a function such as deq.spectral_norm"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class _First:
     """A map that returns (z, aux), without aux."""

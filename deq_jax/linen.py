@@ -12,7 +12,7 @@ from flax import core, errors
 from flax import linen as nn
 
 from deq_jax.adjoints import Adjoint, BackwardStats
-from deq_jax.fixed_point import check_rule, fixed_point
+from deq_jax.fixed_point import check_reparam, check_rule, fixed_point
 from deq_jax.masks import has_method
 from deq_jax.solvers import Equation, Keep, Solution, Solver
 from deq_jax.tree import PyTree
@@ -129,6 +129,7 @@ class DEQ(nn.Module):
                 "first, use deq_jax.nnx.DEQ for an NNX module, deq_jax.fixed_point for a function"
             )
         check_rule(self.solver, self.adjoint, self.keep)
+        check_reparam(self.reparam)
         super().__post_init__()
 
     @nn.compact

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from deq_jax.adjoints import Adjoint, BackwardStats
-from deq_jax.fixed_point import check_rule, fixed_point
+from deq_jax.fixed_point import check_reparam, check_rule, fixed_point
 from deq_jax.masks import has_method
 from deq_jax.solvers import Equation, Keep, Solution, Solver
 from deq_jax.tree import PyTree
@@ -120,6 +120,7 @@ class DEQ(nnx.Module):
                 "function"
             )
         check_rule(solver, adjoint, keep)
+        check_reparam(reparam)
         self.cell = cell
         self.states = tuple(states)
         self.solver, self.adjoint, self.keep = solver, adjoint, keep

@@ -97,6 +97,14 @@ def linen_layer(cell, **options):
     return layer, layer.init(jax.random.key(0), z0, x, train=False)
 
 
+def test_a_reparam_that_cannot_split_and_merge_is_refused():
+    message = "got reparam=.*spectral_norm.*wanted None or an object with split and merge"
+    with pytest.raises(ValueError, match=message):
+        deq_jax.linen.DEQ(LinenCell(), solver=SOLVER, reparam=deq.spectral_norm)
+    with pytest.raises(ValueError, match=message):
+        deq_jax.nnx.DEQ(NnxCell(nnx.Rngs(0)), solver=SOLVER, reparam=deq.spectral_norm)
+
+
 @pytest.mark.parametrize("reparam", [None, deq.weight_norm], ids=["plain", "weight norm"])
 def test_linen_and_nnx_agree_in_value_and_gradient(reparam):
     z0, x = inputs()

@@ -34,7 +34,7 @@ from deq_jax.training.step import (
     make_update,
     penalty_weight,
 )
-from deq_jax.training.task import forward
+from deq_jax.training.task import for_phase, forward
 
 CONFIG = example.ExampleConfig(
     solver=SolverConfig(max_steps=20, tol=1e-5),
@@ -213,6 +213,15 @@ def test_without_a_penalty_none_is_compiled():
     assert "penalty" not in step(state, place(BATCH, mesh))[1]
     assert is_penalised(with_jac(gamma=0.0, warmup_gamma=0.1), warmup=True)
     assert not is_penalised(with_jac(gamma=0.1), warmup=True)
+
+
+def test_a_custom_solver_is_kept_in_evaluation_too():
+    config = dataclasses.replace(CONFIG, eval=EvalConfig(max_steps=30))
+    model = example.Regression(config).model
+    assert for_phase(model, config, train=False).solver == config.build_eval_solver()
+    own = dataclasses.replace(config.build_solver(), memory=2)
+    for train in (True, False):
+        assert for_phase(model.clone(solver=own), config, train=train).solver == own
 
 
 def test_warm_up_trains_the_unrolled_network():

@@ -224,14 +224,15 @@ def for_phase(model: Any, config: Config, *, train: bool, warmup: bool = False) 
     """Wires a model for a phase: training, its warm-up, or evaluation.
 
     Args:
-      model: a Linen module with the attributes ``solver`` and ``adjoint``, as
-        `Config.build_solver` makes them.
+      model: a Linen module with the attributes ``solver`` and ``adjoint``.
       config: the solvers and the warm-up are read.
       train: whether the pass is one of training.
       warmup: whether it belongs to the warm-up, which trains the weight-tied unrolled network.
 
     Returns:
-      The model, with the solver of evaluation, or with ``Unroll(train.warmup_layers)``.
+      The model, with the solver of evaluation, or with ``Unroll(train.warmup_layers)``.  A solver
+      that is not the one of `Config.build_solver` stays in evaluation too; larger budgets are cut
+      off at its own.
 
     Example:
       >>> from deq_jax.models import ScalarDEQ
@@ -243,4 +244,6 @@ def for_phase(model: Any, config: Config, *, train: bool, warmup: bool = False) 
     """
     if warmup:
         return model.clone(adjoint=deq.Unroll(config.train.warmup_layers))
-    return model if train else model.clone(solver=config.build_eval_solver())
+    if train or model.solver != config.build_solver():
+        return model
+    return model.clone(solver=config.build_eval_solver())

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from deq_jax.training import flags
 from experiments.common.run import Experiment
-from experiments.reasoning import config, data, report, task
+from experiments.reasoning import data, report, task
+from experiments.reasoning.config import PRESETS, variants
 
 EXPERIMENT = Experiment(
     open_data=data.open_data,
     build_task=task.build_task,
     write_report=report.write,
-    variants=config.variants,
+    variants=variants,
 )
 run = EXPERIMENT.run
 
 if __name__ == "__main__":
-    flags.run(run, config.PRESETS, default="addition")
+    flags.run(run, PRESETS, default="addition")
