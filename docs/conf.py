@@ -23,6 +23,7 @@ suppress_warnings = ["myst.xref_missing"]  # links to files outside of docs/; th
 nb_execution_mode = "cache"
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
+nb_merge_streams = True
 
 default_role = "py:obj"  # `name` in a docstring is a link where the name is documented
 autodoc_typehints = "none"
