@@ -13,7 +13,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", ".jupyter_cache"]
 html_theme = "sphinx_book_theme"
 html_title = f"deq_jax {version}"
 
