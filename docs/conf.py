@@ -23,7 +23,7 @@ extensions = [
     "docstrings",
     "mathml",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", ".jupyter_cache"]
 html_theme = "sphinx_book_theme"
 html_title = f"deq_jax {version}"
 html_math_renderer = "mathml"
@@ -36,6 +36,7 @@ suppress_warnings = ["myst.xref_missing"]  # links to files outside of docs/; th
 nb_execution_mode = "cache"
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
+nb_merge_streams = True
 
 default_role = "py:obj"  # `name` in a docstring is a link where the name is documented
 autodoc_typehints = "none"

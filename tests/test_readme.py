@@ -96,7 +96,7 @@ def test_extras_that_are_named_exist():
         "*.md",
         "docs/**/*.md",
         ".ci/run",
-        "notebooks/*",
+        "docs/tutorials/*",
         "deq_jax/**/*.py",
         "experiments/**/*.py",
     )
