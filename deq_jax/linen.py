@@ -165,7 +165,7 @@ class DEQ(nn.Module):
             )
         borrowed = tuple(_borrowed(self.cell))
         masked = has_method(cell, "masks")
-        masks = cell.masks(self.make_rng("dropout"), z0, x) if masked and train else None
+        masks = self._masks(cell, z0, x) if masked and train else None
         if not self.has_variable("params", "f"):
             operands = (x, masks) if masked else (x,)
             self._create(borrowed, lambda key: cell.init(key, z0, *operands, method=once))
@@ -198,6 +198,13 @@ class DEQ(nn.Module):
         )
         equation = sol.equation or Equation(f=f, params=variables, x=operand)
         return dataclasses.replace(sol, equation=equation)
+
+    def _masks(self, cell: Any, z0: PyTree, x: PyTree) -> PyTree:
+        if not self.has_rng("dropout"):  # a cell that drops nothing needs no key
+            unused = jax.random.key(0)
+            if not jax.tree.leaves(jax.eval_shape(cell.masks, unused, z0, x)):
+                return cell.masks(unused, z0, x)
+        return cell.masks(self.make_rng("dropout"), z0, x)
 
     def _create(
         self, borrowed: tuple[tuple[Path, nn.Module], ...], init: Callable[[jax.Array], PyTree]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import errors
 from flax import linen as nn
 
 import deq_jax as deq
@@ -115,6 +116,34 @@ def test_dropout_is_drawn_in_training_only_and_for_every_block():
     assert jnp.array_equal(state(one, True), state(one, True))
     assert not jnp.allclose(state(one, True), state(two, True))
     assert jnp.array_equal(state(one, False), state(two, False))
+
+
+def test_a_model_that_drops_nothing_needs_no_key_for_it():
+    def train(model):
+        def scores(key):
+            variables = model.init(key, IMAGES, train=False)
+            return model.apply(variables, IMAGES, train=True, mutable=["batch_stats"])[0][0]
+
+        return jax.eval_shape(scores, jax.random.key(0))
+
+    assert train(classifier()).shape == (4, 5)
+    with pytest.raises(errors.InvalidRngError, match="dropout"):
+        train(classifier(dropout=0.5))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (layers.NORMAL, nn.initializers.normal(0.01)),
+        (layers.UNIFORM, nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")),
+        (layers.Conv(1).kernel_init, nn.initializers.he_normal()),
+    ],
+)
+def test_kernels_drawn_as_matrices_are_those_of_flax(ours, theirs):
+    key = jax.random.key(5)
+    for shape in ((6, 5), (3, 3, 4, 6)):
+        np.testing.assert_array_equal(ours(key, shape), theirs(key, shape))
+    np.testing.assert_array_equal(layers.NORMAL(key, (7,)), nn.initializers.normal(0.01)(key, (7,)))
 
 
 @pytest.mark.parametrize("channels", [(8,), (4, 8, 8)])

@@ -74,8 +74,9 @@ def test_numbers_count_from_one():
 
 
 def test_the_site_runs_them_and_stops_at_errors():
-    settings: dict = {}
-    exec((ROOT / "docs" / "conf.py").read_text(encoding="utf-8"), settings)
+    path = ROOT / "docs" / "conf.py"
+    settings: dict = {"__file__": str(path)}
+    exec(path.read_text(encoding="utf-8"), settings)
     assert settings["nb_execution_mode"] in ("cache", "force")
     assert settings["nb_execution_raise_on_error"]
     assert not settings.get("nb_execution_excludepatterns")
