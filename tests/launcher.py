@@ -4,7 +4,9 @@ A server, so that all of them share one import of JAX: every line of stdin is a 
 
     {"processes": [[flag, ...], ...], "devices": 2, "signals": [[seconds, process, number], ...]}
 
-whose answer is a line of stdout: exit code (negative: the signal that killed it), what was written
+A signal whose seconds are null is sent half a second after the first process has ended.
+
+The answer is a line of stdout: exit code (negative: the signal that killed it), what was written
 and seconds until its end, for each process.  `Launcher` is the other end.
 """
 
@@ -97,7 +99,8 @@ def _serve(request):
         for flags, pair in zip(request["processes"], files, strict=True)
     ]
     running, ended = dict(enumerate(pids)), {}
-    signals = sorted(request["signals"])
+    signals = sorted(s for s in request["signals"] if s[0] is not None)
+    waiting = [s[1:] for s in request["signals"] if s[0] is None]
     while running:
         now = time.monotonic() - began
         while signals and signals[0][0] <= now:
@@ -112,6 +115,8 @@ def _serve(request):
             if done:
                 ended[number] = os.waitstatus_to_exitcode(status), time.monotonic() - began
                 del running[number]
+                signals += [[now + 0.5, *rest] for rest in waiting]
+                waiting = []
         time.sleep(0.005)
     answers = []
     for number, pair in enumerate(files):

@@ -133,7 +133,7 @@ def test_twenty_signals_at_random_moments(launch, tmp_path):
 
 def test_a_workdir_in_use_is_refused(launch, tmp_path):
     shared = [f"--workdir={tmp_path}", "--train.steps=2000"]
-    ends = launch.launcher(shared, shared, signals=[[4, i, signal.SIGTERM] for i in (0, 1)])
+    ends = launch.launcher(shared, shared, signals=[[None, i, signal.SIGTERM] for i in (0, 1)])
     refused, stopped = sorted(ends, key=lambda end: end.returncode)
     assert (refused.returncode, stopped.returncode) == (1, 128 + signal.SIGTERM)
     assert f"workdir {tmp_path} is in use by another run (process " in refused.stderr

@@ -148,7 +148,7 @@ class LoopedTransformer(nn.Module):
       outputs: number of different words in the answer.
       length: longest input, of which positions are embedded; 0 for none.
       solver: forward solver.
-      adjoint: gradient rule; None for `Implicit(solver)`.
+      adjoint: gradient rule; None for ``Implicit(solver)``.
       keep: the iterate to return, ``"best"`` (smallest residual) or ``"last"``.
       start: where the loop begins: at the embedded ``"input"``, at ``"zero"``, at a ``"learned"``
         vector, or at Gaussian ``"noise"`` (stream "dropout" in training; the same numbers in every
@@ -202,7 +202,7 @@ class LoopedTransformer(nn.Module):
           max_steps: loops, or budget of the solve: one number, or one a sample, int [B]; None for
             the solver's.
           probe: see `deq.backward_probe`.
-          z0: float [B, T, C], another start than `start`.
+          z0: float [B, T, C], another start than ``start``.
 
         Returns:
           Scores (logits) of the answer at every position, float [B, T, outputs], and the solution

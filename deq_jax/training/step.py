@@ -149,7 +149,7 @@ def penalty_weight(config: JacConfig, step: jax.Array, train: TrainConfig) -> ja
 
         warm-up:  warmup_gamma
         then:     gamma + increment * floor((step - warmup_steps) / increment_every)
-        before the share `start` of the steps, and from stop_step on:  0
+        before the share ``start`` of the steps, and from stop_step on:  0
 
     Args:
       config: the schedule.
