@@ -11,7 +11,6 @@ from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import export
 from jax.core import Tracer
 
@@ -249,7 +248,7 @@ def split_budget(
     """
     if max_steps is None:
         return solver.max_steps, None
-    if isinstance(max_steps, np.ndarray) and max_steps.ndim:
+    if getattr(max_steps, "ndim", 0):  # NumPy's too
         max_steps = jnp.asarray(max_steps)
     if not isinstance(max_steps, jax.Array):
         steps = as_int(max_steps)
@@ -267,8 +266,9 @@ def split_budget(
             f"or integers of shape {shapes[1]}, one a sample"
         )
     if not isinstance(max_steps, Tracer):
-        for steps in np.asarray(max_steps).flat:
-            split_budget(solver, int(steps), z0)  # raises for numbers that are known to be wrong
+        known = max_steps.tolist()
+        for steps in known if max_steps.ndim else [known]:
+            split_budget(solver, steps, z0)  # raises for numbers that are known to be wrong
     return None, jnp.minimum(max_steps, solver.max_steps)
 
 

@@ -87,21 +87,36 @@ def tables(config: ReasoningConfig, kind: str, arms: Arms) -> str:
     text += by_loops("Relative residual of the last iterate:", "residual", _power)
     text += by_loops("Spectral radius of df/dz there:", "radius", _number)
 
-    header = ["", "own stop", "steps", *(f"quarter {i}" for i in range(1, 5))]
-    header += ["one start", f"best of {starts}", "any"]
-    header += [f"{name}, {n}" for name in STARTS for n in LONG]
-    rows = []
-    for arm, runs in arms.items():
-        own = _percent([n["own"]["accuracy"] for n in runs])
-        row = [arm, own, _number([n["own"]["steps"] for n in runs])]
-        row += [_percent([n["quarters"][i] for n in runs]) for i in range(4)]
-        row += [_percent([n["best_of"][k] for n in runs]) for k in ("one", "least residual", "any")]
-        row += [_percent([n["starts"][s][k] for n in runs]) for s in STARTS for k in LONG]
-        rows.append(row)
+    quarters = [f"quarter {i}" for i in range(1, 5)]
+    rows = [
+        [
+            arm,
+            _percent([n["own"]["accuracy"] for n in runs]),
+            _number([n["own"]["steps"] for n in runs]),
+            *(_percent([n["quarters"][i] for n in runs]) for i in range(4)),
+        ]
+        for arm, runs in arms.items()
+    ]
     text += f"""
-Solved (%): where the model's own solver stops, after so many steps; by quarter of the residual at
-{at} loops, least first; from noise, {at} loops: one start, the one of the least residual of
-{starts}, any of them; from other starts, after {LONG[0]} and {LONG[1]} loops:
+Solved (%) where the model's own solver stops, after so many steps; and by quarter of the residual
+at {at} loops, least first:
+
+{reporting.table(["", "own stop", "steps", *quarters], rows)}"""
+
+    drawn = ("one", "least residual", "any")
+    header = ["", "one start", f"best of {starts}", "any"]
+    header += [f"{name}, {n}" for name in STARTS for n in LONG]
+    rows = [
+        [
+            arm,
+            *(_percent([n["best_of"][key] for n in runs]) for key in drawn),
+            *(_percent([n["starts"][s][k] for n in runs]) for s in STARTS for k in LONG),
+        ]
+        for arm, runs in arms.items()
+    ]
+    text += f"""
+Solved (%) from noise after {at} loops: from one start, from the one of the least residual of
+{starts}, from any of them; and from other starts after {LONG[0]} and {LONG[1]} loops:
 
 {reporting.table(header, rows)}"""
     if all("rounds" in n for runs in arms.values() for n in runs):
@@ -163,7 +178,10 @@ def draw(path: Path, config: ReasoningConfig, kind: str, arms: Arms) -> None:
             axis.plot(loops, mean, color=color, marker="o", markersize=3, label=arm)
         axis.set(xscale="log", yscale=scale, xlabel="loops", ylabel=label, title=title)
         axis.set_xticks(loops, [str(n) for n in loops])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
+        if key == "rms":
+            low, high = axis.get_ylim()
+            axis.set_ylim(min(low, 0.5), max(high, 2))
         if scale == "linear" and label == "solved":
             axis.set_ylim(-0.03, 1.03)
     axes[0][0].axvline(config.solver.max_steps, color="0.4", linewidth=1, linestyle=":")
