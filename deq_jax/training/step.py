@@ -232,8 +232,8 @@ def draw_budget(
       >>> jac = JacConfig(budget_draw="lognormal", budget_on="all")
       >>> config = Config(solver=SolverConfig(max_steps=16), jac=jac)
       >>> budgets = draw_budget(config, jnp.bool(False), jax.random.key(0), (1000,))
-      >>> budgets.min().item(), budgets.max().item(), round(budgets.mean().item())
-      (1, 16, 6)
+      >>> budgets.min().item(), budgets.max().item()
+      (1, 16)
 
     Reference: Geiping et al., arXiv 2502.05171, section 3 (poisson).
     """
