@@ -266,7 +266,7 @@ def split_budget(
             f"or integers of shape {shapes[1]}, one a sample"
         )
     if not isinstance(max_steps, Tracer):
-        known = max_steps.tolist()
+        known: Any = max_steps.tolist()
         for steps in known if max_steps.ndim else [known]:
             split_budget(solver, steps, z0)  # raises for numbers that are known to be wrong
     return None, jnp.minimum(max_steps, solver.max_steps)

@@ -159,7 +159,8 @@ def draw(path: Path, config: ReasoningConfig, kind: str, arms: Arms) -> None:
     from matplotlib import colormaps
 
     figure, axes = reporting.new_figure(2, 3, (14, 7.5))
-    colors = colormaps["tab20" if len(arms) > 10 else "tab10"].colors
+    palette = colormaps["tab20" if len(arms) > 10 else "tab10"]
+    colors = [palette(i) for i in range(len(arms))]
     panels = {
         "last": ("solved", "Last iterate", "linear"),
         "best": ("solved", "Iterate of the least residual", "linear"),
@@ -169,7 +170,7 @@ def draw(path: Path, config: ReasoningConfig, kind: str, arms: Arms) -> None:
     }
     loops = config.report.loops
     for axis, (key, (label, title, scale)) in zip(axes.flat, panels.items(), strict=False):
-        for color, (arm, runs) in zip(colors, arms.items(), strict=False):
+        for color, (arm, runs) in zip(colors, arms.items(), strict=True):
             lines = [[n[key][count] for count in loops] for n in runs]
             if len(lines) > 1:
                 low, high = (list(map(best, zip(*lines, strict=True))) for best in (min, max))
@@ -187,7 +188,7 @@ def draw(path: Path, config: ReasoningConfig, kind: str, arms: Arms) -> None:
     axes[0][0].axvline(config.solver.max_steps, color="0.4", linewidth=1, linestyle=":")
     axes[1][1].axhline(1, color="0.4", linewidth=1, linestyle=":")
     quarters = axes[1][2]
-    for color, runs in zip(colors, arms.values(), strict=False):
+    for color, runs in zip(colors, arms.values(), strict=True):
         values = [statistics.fmean(n["quarters"][i] for n in runs) for i in range(4)]
         quarters.plot((1, 2, 3, 4), values, color=color, marker="o", markersize=3)
     quarters.set(xlabel="quarter of the residual, least first", ylabel="solved")
