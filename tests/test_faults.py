@@ -10,11 +10,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from launcher import Launcher
+
+from deq_jax.training import Config, UsageError
+from deq_jax.training import workdir as workdir_module
 
 pytestmark = pytest.mark.slow
 
@@ -138,6 +142,25 @@ def test_a_workdir_in_use_is_refused(launch, tmp_path):
     assert (refused.returncode, stopped.returncode) == (1, 128 + signal.SIGTERM)
     assert f"workdir {tmp_path} is in use by another run (process " in refused.stderr
     assert "stopped by SIGTERM after step" in stopped.stderr
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_run_that_has_just_taken_its_workdir_is_named_all_the_same(tmp_path, late):
+    """It has the lock, and writes who it is a moment later, or not in time."""
+    fcntl = pytest.importorskip("fcntl")
+    with (tmp_path / workdir_module.LOCK).open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writing = threading.Timer(0.2, lambda: print("process 7", file=file, flush=True))
+        if late:
+            writing.start()
+        with (
+            pytest.raises(UsageError) as error,
+            workdir_module.claimed(Config(workdir=str(tmp_path))),
+        ):
+            pass
+        writing.cancel()
+    who = "process 7" if late else "which has just begun"
+    assert f"in use by another run ({who}); wait for it to end" in str(error.value)
 
 
 def truncate(checkpoint):

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO, cast
@@ -101,15 +102,24 @@ def _lock(path: Path) -> Iterator[TextIO]:
         except ImportError:  # Windows
             pass
         except BlockingIOError:
-            file.seek(0)
             raise UsageError(
-                f"workdir {path.parent} is in use by another run ({file.read().strip()}); wait for "
+                f"workdir {path.parent} is in use by another run ({_owner(file)}); wait for "
                 "it to end, or choose another folder with --workdir"
             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
                 raise
         yield file
+
+
+def _owner(file: TextIO) -> str:
+    """What the holder of a lock has written into it, or is about to write."""
+    for _ in range(20):
+        file.seek(0)
+        if owner := file.read().strip():
+            return owner
+        time.sleep(0.05)
+    return "which has just begun"
 
 
 def _differs(config: Config, path: Folder) -> str:
