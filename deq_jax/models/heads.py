@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from deq_jax.models.layers import NORMAL, BatchNorm, Conv, resize_bilinear
+from deq_jax.models.layers import NORMAL, UNIFORM, BatchNorm, Conv, resize_bilinear
 
 State = tuple[jax.Array, ...]
 """One float [B, H_i, W_i, C_i] for each branch, finest first, each half as high and wide."""
@@ -98,10 +98,9 @@ class ClassificationHead(nn.Module):
                 wide = wide + self._norm(f"down{i - 1}_norm", y, train)
             y = wide
         y = self._norm("final_norm", self._conv("final", y, self.final, 1, 1), train)
-        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         linear = nn.Dense(
             self.classes,
-            kernel_init=uniform,
+            kernel_init=UNIFORM,
             bias_init=pytorch_bias(self.final),
             name="classifier",
         )

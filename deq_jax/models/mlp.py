@@ -13,6 +13,7 @@ import deq_jax as deq
 from deq_jax import linen
 from deq_jax.adjoints import Adjoint, BackwardStats
 from deq_jax.models.families import product_inits
+from deq_jax.models.layers import UNIFORM
 from deq_jax.solvers import Keep, Solution, Solver
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -76,11 +77,10 @@ class ToyCell(nn.Module):
     @nn.compact
     def __call__(self, z: jax.Array, x: jax.Array) -> jax.Array:
         """Maps state z [B, n_out] and input x [B, n_in] to the next state [B, n_out]."""
-        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        bias = self.param("bias", uniform, (1, self.hidden))  # fan in of the scalar task
-        first, second = product_inits(self, self.weights, "W1", uniform)
+        bias = self.param("bias", UNIFORM, (1, self.hidden))  # fan in of the scalar task
+        first, second = product_inits(self, self.weights, "W1", UNIFORM)
         h = nn.Dense(self.hidden, use_bias=False, kernel_init=first, name="W1")(z)
-        h = h + nn.Dense(self.hidden, use_bias=False, kernel_init=uniform, name="U")(x) + bias
+        h = h + nn.Dense(self.hidden, use_bias=False, kernel_init=UNIFORM, name="U")(x) + bias
         out = nn.Dense(z.shape[-1], use_bias=False, kernel_init=second, name="W2")
         return out(nn.relu(h))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -43,10 +43,11 @@ class Examination:
         loop: Any = {"solver": deq.Picard(tol=1e-30, max_steps=most)}
         loop |= {"adjoint": deq.Implicit(deq.Picard()), "fixed_point": deq.fixed_point}
         own = dataclasses.replace(config.solver, tol=max(config.solver.tol, 1e-3)).build(most)
-        self._last = partial(_Run(model.clone(keep="last", **loop)), params)
-        self._best = partial(_Run(model.clone(keep="best", **loop)), params)
-        self._own = partial(_Run(model.clone(keep="best", **loop | {"solver": own})), params)
-        self._radius = jax.jit(partial(_radius, model.clone(keep="last", **loop), params, report))
+        last = model.clone(keep="last", **loop)
+        self._last = _compiled(last, params)
+        self._best = _compiled(model.clone(keep="best", **loop), params)
+        self._own = _compiled(model.clone(keep="best", **loop | {"solver": own}), params)
+        self._radius = jax.jit(partial(_radius, last, params, report))
         self._most, self._features = most, model.cell.features
 
     def __call__(self, puzzles: Puzzles, *, hidden: bool) -> Numbers:
@@ -144,14 +145,14 @@ class Examination:
         return _mean(right)
 
 
-class _Run:
-    """A model on a batch of puzzles, compiled once for all numbers of loops."""
+def _compiled(model: Any, params: Any) -> Callable[..., Numbers]:
+    """A model as a function of puzzles, loops and start, compiled once for all numbers of loops."""
+    look = jax.jit(partial(_look, model))
 
-    def __init__(self, model: Any) -> None:
-        self._run = jax.jit(partial(_look, model))
+    def run(batch: Batch, loops: int, start: Any = None) -> Numbers:
+        return jax.device_get(look(params, dict(batch), jnp.int32(loops), start))
 
-    def __call__(self, params: Any, batch: Batch, loops: int, start: Any = None) -> Numbers:
-        return jax.device_get(self._run(params, dict(batch), jnp.int32(loops), start))
+    return run
 
 
 def _look(model: Any, params: Any, batch: Batch, loops: jax.Array, start: Any) -> Numbers:
