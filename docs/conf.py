@@ -21,6 +21,7 @@ extensions = [
     "sphinx_copybutton",
     "flag_tables",
     "docstrings",
+    "links",
     "mathml",
 ]
 exclude_patterns = ["_build", ".jupyter_cache"]
