@@ -28,8 +28,12 @@ RULES = {
     "reversible": (deq.Reversible(0.4), deq.Picard(tol=1e-14, max_steps=16, stop="abs"), "last"),
     "shine": (deq.Shine(TIGHT), TIGHT, "best"),
 }
-every_rule = pytest.mark.parametrize("name", RULES)
-every_exact_rule = pytest.mark.parametrize("name", [n for n in RULES if n != "reversible"])
+# The programs of "implicit" and "backprop" again, with other numbers.
+SAME = ("neumann", "segments")
+
+
+def every_rule(*but):
+    return pytest.mark.parametrize("name", [name for name in RULES if name not in but])
 
 
 def f(params, z, x):
@@ -97,16 +101,16 @@ def newton(f, params, z, x, rounds=2):
 
     for _ in range(rounds):
         # Samples do not mix: one Jacobian-vector product an entry gives all dense Jacobians.
-        columns = [
-            jax.jvp(g, (flat,), (jnp.zeros_like(flat).at[:, j].set(1),))[1]
-            for j in range(flat.shape[1])
-        ]
-        jacobian = jnp.stack(columns, axis=2)
+        tangents = jnp.broadcast_to(
+            jnp.eye(flat.shape[1], dtype=flat.dtype)[:, None], (flat.shape[1], *flat.shape)
+        )
+        columns = jax.vmap(lambda t, flat=flat: jax.jvp(g, (flat,), (t,))[1])(tangents)
+        jacobian = jnp.moveaxis(columns, 0, 2)
         flat = flat - jnp.linalg.solve(jacobian, g(flat)[..., None])[..., 0]
     return jax.vmap(unravel)(flat)
 
 
-@every_exact_rule
+@every_rule("reversible")
 def test_every_rule_at_a_solution_gives_the_dense_gradient(x64, name):
     params, z0, x = operands()
     loss, grad = gradient(name)
@@ -127,10 +131,16 @@ def problem_of(name, dtype):
     return next(p for p in testing.all_problems(3, dtype=dtype) if p.name == name)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("which", [p.name for p in PROBLEMS])
-def test_every_derivative_of_every_problem_is_that_of_dense_algebra(which, dtype):
-    """Issue's first point: jvp, jacfwd, jvp of grad, hessian, linearize; grad, grad of grad."""
+@pytest.mark.parametrize(
+    ("which", "dtype"),
+    [
+        ("logistic-3.3", "float64"),
+        ("logistic-2.8", "float32"),
+        ("multiscale", "float64"),
+    ],
+)
+def test_every_derivative_is_that_of_dense_algebra(which, dtype):
+    """jvp, jacfwd, jvp of grad, hessian, linearize; grad, grad of grad."""
     with jax.enable_x64(dtype == "float64"):
         problem = problem_of(which, jnp.dtype(dtype))
         tol, rtol = (1e-13, 1e-8) if dtype == "float64" else (1e-7, 1e-4)
@@ -198,7 +208,11 @@ def test_every_rule_on_every_problem(x64, which):
     problem = problem_of(which, jnp.float64)
     anderson = deq.Anderson(tol=1e-13, max_steps=100, stop="abs")
     long = deq.Picard(tol=1e-14, max_steps=400, stop="abs")
-    rules: dict = {"shine": (deq.Shine(TIGHT), TIGHT)}
+    rules: dict = {
+        "implicit": (deq.Implicit(TIGHT), TIGHT),
+        "forward": (deq.Implicit(TIGHT, forward=True), TIGHT),
+        "shine": (deq.Shine(TIGHT), TIGHT),
+    }
     if which not in ("rotation", "nonnormal"):
         # There these end early by luck: what they return is no solution of neighbouring equations.
         rules |= {
@@ -479,7 +493,7 @@ TRANSFORMATIONS = {
 }
 
 
-@every_rule
+@every_rule(*SAME)
 @pytest.mark.parametrize("which", TRANSFORMATIONS)
 def test_every_rule_under_every_transformation(x64, name, which):
     params, _, x = operands()
@@ -495,7 +509,7 @@ def test_every_rule_under_every_transformation(x64, name, which):
         close(outside, wanted, 1e-8, 1e-10)
 
 
-@every_rule
+@every_rule(*SAME)
 @pytest.mark.parametrize("way", ["shard_map", "sharded_fixed_point", "explicit mesh"])
 def test_every_rule_on_several_devices(x64, name, way):
     """Devices stop at different steps; gradients of shared parameters are summed outside loops."""
@@ -546,7 +560,7 @@ def test_a_shared_closure_in_a_differentiated_loop_is_refused():
         mapped(jnp.ones(()), jnp.ones((8, 2)))
 
 
-@every_rule
+@every_rule(*SAME)
 def test_a_second_eager_gradient_compiles_nothing(x64, name, compilations):
     params, _, x = operands()
     _, grad = gradient(name)
@@ -556,7 +570,7 @@ def test_a_second_eager_gradient_compiles_nothing(x64, name, compilations):
     assert not compilations
 
 
-@every_rule
+@every_rule(*SAME)
 def test_no_program_keeps_what_f_closes_over(x64, name):
     """Since JAX 0.12 a Jaxpr holds its consts: programs that are kept would hold tracers."""
     rule, solver, keep = RULES[name]
@@ -587,7 +601,7 @@ def test_wrapped_functions_made_anew_do_not_compile_again(has_aux, compilations)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@every_exact_rule
+@every_rule("reversible", *SAME)
 def test_every_rule_keeps_low_precision(name, dtype):
     params, z0, x = operands(dtype=jnp.dtype(dtype))
     rule, solver, keep = RULES[name]
@@ -921,7 +935,7 @@ def test_layers_sample_states_too():
     assert [z.shape for z in sol.states] == [z.shape for z in twin.states] == [(2, 3)] * 2
 
 
-@every_exact_rule
+@every_rule("reversible", *SAME)
 @pytest.mark.parametrize("batched", [None, False])
 def test_aux_is_taken_at_the_solution_and_differentiated(x64, name, batched):
     w, x = 0.3 * jnp.eye(3), jnp.ones((2, 3)) if batched is None else jnp.ones(3)

@@ -119,8 +119,8 @@ def diagnose(
       alignment score of Anil et al.: 1 if all starts lead to the same fixed point.  The cosine
       ignores lengths, so it says little of a state of one number.
 
-    Only the loops are compiled.  For a large f, pass ``jax.jit(f)``: it is then compiled once
-    instead of run operation by operation.
+    Solves and Jacobian are compiled.  What remains are a few dozen calls of f, operation by
+    operation: for a large f, pass ``jax.jit(f)``.
 
     Args:
       f: the map ``(params, z, x) -> z``, as for `deq_jax.fixed_point`.
@@ -172,7 +172,8 @@ def diagnose(
         f = Unbatched(f, 1)
     image = f(params, z0, x)
     z0 = check_image(z0, jax.tree.map(jax.typeof, image))
-    keys = jax.random.split(key, 6)
+    keys = jax.random.split(key, 2)
+    rng = np.random.default_rng(np.asarray(_key_data(key)).ravel())
 
     def run(start: PyTree) -> dict[str, Solution]:
         return {
@@ -180,28 +181,48 @@ def diagnose(
             for name, solver in solvers.items()
         }
 
-    solved = run(z0)
-    ends = {n: _end(f, params, x, (z0, image), sol) for n, sol in solved.items()}
-    runaway = {n: end["runaway"] for n, end in ends.items()}
-    z = _closest(solved, runaway, plain_iteration(solvers))
-    others = [run(start) for start in _starts(z0, z, keys[4])]
-    stats = {n: jax.device_get(sol.stats) for n, sol in solved.items()}
-    found = Diagnosis(
-        value=z,
-        trace={n: s.trace for n, s in stats.items()},
-        steps={n: s.num_steps for n, s in stats.items()},
-        converged={n: s.converged & ~runaway[n] for n, s in stats.items()},
-        runaway=runaway,
-        alignment={n: _alignment(runaway[n], [o[n] for o in (solved, *others)]) for n in solved},
-        spectral_radius=np.asarray(spectral_radius(f, params, z, x, key=keys[0], iters=iters)),
-        operator_norm=np.asarray(_operator_norm(f, params, z, x, keys[1], iters)),
-        penalty=float(frobenius_penalty(f, params, z, x, key=keys[2], probes=_PROBES)),
-        rounding=np.asarray(_rounding(f, params, z, x, keys[3])),
-        dependent=_dependent(f, params, z, x, keys[5]),
-    )
+    # Rows of numbers are NumPy's, in float64: nothing is compiled for them, and nothing overflows.
+    with np.errstate(all="ignore"):
+        solved = run(z0)
+        ends = {n: _end(f, params, x, (z0, image), sol) for n, sol in solved.items()}
+        runaway = {n: end["runaway"] for n, end in ends.items()}
+        z = _closest(solved, runaway, plain_iteration(solvers))
+        others = [run(start) for start in _starts(z0, z, rng)]
+        stats = {n: jax.device_get(sol.stats) for n, sol in solved.items()}
+
+        @jax.jit
+        def jacobian(params: PyTree, z: PyTree, x: PyTree, start: PyTree) -> list[jax.Array]:
+            return [
+                spectral_radius(f, params, z, x, key=keys[0], iters=iters),
+                _operator_norm(f, params, z, x, start, iters),
+                frobenius_penalty(f, params, z, x, key=keys[1], probes=_PROBES),
+            ]
+
+        start = _unravel(z, _unit(rng.normal(size=_rows(z).shape)))
+        radius, norm, penalty = jacobian(params, z, x, start)
+        found = Diagnosis(
+            value=z,
+            trace={n: s.trace for n, s in stats.items()},
+            steps={n: s.num_steps for n, s in stats.items()},
+            converged={n: s.converged & ~runaway[n] for n, s in stats.items()},
+            runaway=runaway,
+            alignment={
+                n: _alignment(runaway[n], [o[n] for o in (solved, *others)]) for n in solved
+            },
+            spectral_radius=np.asarray(radius),
+            operator_norm=np.asarray(norm),
+            penalty=float(penalty),
+            rounding=_rounding(f, params, z, x, rng),
+            dependent=_dependent(f, params, z, x, rng),
+        )
+        finite = np.isfinite(_rows(image)).all(axis=1)
     spoiled = _not_finite(params=params, z0=z0, x=x)
-    finite = np.asarray(jnp.isfinite(_rows(image)).all(axis=1))
     return dataclasses.replace(found, advice=advise(found, solvers, ends, finite, spoiled))
+
+
+def _key_data(key: jax.Array) -> jax.Array:
+    """Returns the numbers of a new or an old PRNG key."""
+    return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
 
 
 def _not_finite(**operands: PyTree) -> list[str]:
@@ -210,7 +231,8 @@ def _not_finite(**operands: PyTree) -> list[str]:
         name
         for name, operand in operands.items()
         for leaf in jax.tree.leaves(operand)
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and not jnp.isfinite(leaf).all()
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+        and not np.isfinite(np.asarray(leaf, np.complex128)).all()
     ]
 
 
@@ -220,20 +242,39 @@ def _closest(solved: Mapping[str, Solution], runaway: _Arrays, plain: str | None
     Other solvers may find a fixed point that plain iteration would leave.
     """
     residuals = [
-        jnp.where(runaway[n], jnp.inf, jnp.where((n == plain) & s.converged, -1, s.residual))
-        for n, s in ((n, sol.stats) for n, sol in solved.items())
+        np.where(runaway[n], np.inf, np.where((n == plain) & s.converged, -1, s.residual))
+        for n, s in ((n, jax.device_get(sol.stats)) for n, sol in solved.items())
     ]
-    best = jnp.argmin(jnp.stack(residuals), axis=0)  # [B]
-    first, *others = [sol.value for sol in solved.values()]
-    for i, value in enumerate(others, start=1):
-        first = tree.where(best == i, value, first)
-    return first
+    best = np.argmin(residuals, axis=0)  # [B]
+    rows = np.stack([_rows(sol.value) for sol in solved.values()])
+    like = next(iter(solved.values())).value
+    return _unravel(like, rows[best, np.arange(len(best))])
 
 
-def _rows(z: PyTree) -> jax.Array:
-    """Returns a state as a matrix ``[B, D]``, in float32 or wider."""
-    flat, _ = tree.batch_ravel(z)
-    return flat.astype(tree.stat_dtype(flat.dtype))
+def _rows(z: PyTree) -> np.ndarray:
+    """Returns a state as a matrix ``[B, D]``, in float64."""
+    leaves = [np.asarray(leaf).astype(np.float64) for leaf in jax.tree.leaves(z)]
+    return np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
+
+
+def _unravel(like: PyTree, rows: np.ndarray) -> PyTree:
+    """Returns a matrix ``[B, D]`` as a tree of the shapes and dtypes of a state."""
+    leaves, treedef = jax.tree.flatten(like)
+    ends = np.cumsum([leaf[0].size for leaf in leaves])[:-1]
+    parts = zip(leaves, np.split(rows, ends, axis=1), strict=True)
+    return treedef.unflatten(
+        [jnp.asarray(part.astype(leaf.dtype).reshape(leaf.shape)) for leaf, part in parts]
+    )
+
+
+def _norm(rows: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(rows, axis=1)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    """Scales rows to length one; zero stays zero."""
+    length = _norm(rows)
+    return rows / np.where(length == 0, 1, length)[:, None]
 
 
 def _eps(z: PyTree) -> float:
@@ -245,112 +286,118 @@ def _end(
 ) -> dict[str, np.ndarray]:
     """Measures how far norm(z) has grown and norm(f(z) - z) has fallen, and finds runaways."""
     z0, image = map(_rows, start)
-    first, first_gap = jnp.maximum(tree.norm(z0), tree.norm(image)), tree.norm(image - z0)
-    unravel = tree.batch_ravel(sol.value)[1]
+    first, first_gap = np.maximum(_norm(z0), _norm(image)), _norm(image - z0)
     image, pull = jax.vjp(lambda z: f(params, z, x), sol.value)
     z, g = _rows(sol.value), _rows(image) - _rows(sol.value)
-    size, gap = tree.norm(z), tree.norm(g)
+    size, gap = _norm(z), _norm(g)
     unit = _unit(g)
-    distance = gap / tree.norm(_rows(pull(unravel(unit))[0]) - unit)
+    distance = gap / _norm(_rows(pull(_unravel(sol.value, unit))[0]) - unit)
     # So far away, f(z) - z may be lost in rounding.
-    lost = (size > 100 * first) & (jnp.maximum(gap, _eps(image) * size) > 0.1 * first_gap)
+    lost = (size > 100 * first) & (np.maximum(gap, _eps(image) * size) > 0.1 * first_gap)
     far = (size > 10 * first) & (distance > 0.5 * size)
     return {
-        "growth": np.asarray(size / first),
-        "fall": np.asarray(gap / first_gap),
-        "runaway": np.asarray(sol.stats.converged & (lost | far)),
+        "growth": size / first,
+        "fall": gap / first_gap,
+        "runaway": np.asarray(sol.stats.converged) & (lost | far),
     }
 
 
-def _starts(z0: PyTree, z: PyTree, key: jax.Array) -> list[PyTree]:
+def _starts(z0: PyTree, z: PyTree, rng: np.random.Generator) -> list[PyTree]:
     """Returns starts other than z0: with noise as long as z, and zero."""
-    rows, unravel = _rows(z0), tree.batch_ravel(z0)[1]
-    noise = _unit(jax.random.normal(key, rows.shape, rows.dtype))
-    starts = [unravel(rows + tree.norm(_rows(z))[:, None] * noise)]
-    return starts + [jax.tree.map(jnp.zeros_like, z0)] * bool(jnp.any(rows != 0))
+    rows = _rows(z0)
+    noise = _norm(_rows(z))[:, None] * _unit(rng.normal(size=rows.shape))
+    others = [rows + noise] + [0 * rows] * bool((rows != 0).any())
+    return [_unravel(z0, start) for start in others]
 
 
 def _alignment(runaway: np.ndarray, solved: Sequence[Solution]) -> np.ndarray:
     """Returns the smallest cosine of the first value with the others, ``[B]``; NaN if unknown."""
-    first, *others = [(_unit(_rows(sol.value)), sol.stats.converged) for sol in solved]
+    first, *others = [(_unit(_rows(s.value)), np.asarray(s.stats.converged)) for s in solved]
     cosines = [
-        jnp.where(first[1] & converged & ~runaway, tree.dot(first[0], unit), jnp.nan)
+        np.where(first[1] & converged & ~runaway, (first[0] * unit).sum(axis=1), np.nan)
         for unit, converged in others
     ]
-    return np.fmin.reduce([np.asarray(cosine, np.float32) for cosine in cosines])
+    return np.fmin.reduce([cosine.astype(np.float32) for cosine in cosines])
 
 
-def _dependent(f: _StateMap, params: PyTree, z: PyTree, x: PyTree, key: jax.Array) -> np.ndarray:
+def _dependent(
+    f: _StateMap, params: PyTree, z: PyTree, x: PyTree, rng: np.random.Generator
+) -> np.ndarray:
     """Returns whether f(z) of a sample changes with the states of other samples, ``[B]``.
 
     Any two samples differ in some bit of their indices: for each bit, one half of the samples is
     changed, then the other half.
     """
-    rows, unravel = _rows(z), tree.batch_ravel(z)[1]
-    size = tree.norm(rows) / rows.shape[1] ** 0.5
-    noise = jax.random.normal(key, rows.shape, rows.dtype) * jnp.where(size > 0, size, 1)[:, None]
+    rows = _rows(z)
+    size = _norm(rows) / rows.shape[1] ** 0.5
+    noise = rng.normal(size=rows.shape) * np.where(size > 0, size, 1)[:, None]
     image = _rows(f(params, z, x))
-    index, dependent = jnp.arange(len(rows)), jnp.zeros(len(rows), bool)
+    index, dependent = np.arange(len(rows)), np.zeros(len(rows), bool)
     for bit in range((len(rows) - 1).bit_length()):
         for half in (0, 1):
             changed = (index >> bit) & 1 == half
-            moved = unravel(jnp.where(changed[:, None], rows + noise, rows))
-            gap = tree.norm(_rows(f(params, moved, x)) - image)
-            same = (gap <= 8 * _eps(z) * tree.norm(image)) | ~jnp.isfinite(image).all(axis=1)
+            moved = _unravel(z, np.where(changed[:, None], rows + noise, rows))
+            gap = _norm(_rows(f(params, moved, x)) - image)
+            same = (gap <= 8 * _eps(z) * _norm(image)) | ~np.isfinite(image).all(axis=1)
             dependent |= ~changed & ~same
-    return np.asarray(dependent)
+    return dependent
 
 
 def _operator_norm(
-    f: _StateMap, params: PyTree, z: PyTree, x: PyTree, key: jax.Array, iters: int
+    f: _StateMap, params: PyTree, z: PyTree, x: PyTree, start: PyTree, iters: int
 ) -> jax.Array:
     """Estimates the largest singular value of df/dz for every sample, ``[B]``."""
-    rows, unravel = _rows(z), tree.batch_ravel(z)[1]
     _, pull = jax.vjp(lambda state: f(params, state, x), z)
-
-    def back(u: jax.Array) -> jax.Array:  # J^T u
-        return _rows(pull(unravel(u))[0])
-
-    start = _unit(jax.random.normal(key, rows.shape, rows.dtype))
+    back = lambda u: pull(u)[0]  # J^T u  # noqa: E731
     try:
         _, forth = jax.vjp(back, start)  # J v
         jax.eval_shape(forth, start)
     except (ValueError, TypeError, NotImplementedError):
         # What JAX raises for loops of unknown length, custom rules and new primitives.
-        image = lambda a: _rows(f(params, unravel(a), x))  # noqa: E731
-        step = float(jnp.finfo(rows.dtype).eps) ** (1 / 3) * (1 + tree.norm(rows)[:, None])
-        forth = lambda v: [(image(rows + step * v) - image(rows - step * v)) / (2 * step)]  # noqa: E731
+        forth = lambda v: (_central_difference(f, params, z, x, v),)  # noqa: E731
 
-    def product(v: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        (u,) = forth(v)
-        return _unit(back(_unit(u))), tree.norm(u)
+    def unit(v: PyTree) -> tuple[PyTree, jax.Array]:
+        length = tree.norm(v)
+        scale = 1 / jnp.where(length == 0, 1, length)
+        return jax.tree.map(lambda a: (a * tree.spread(scale, a)).astype(a.dtype), v), length
+
+    def product(v: PyTree, _: None) -> tuple[PyTree, jax.Array]:
+        u, length = unit(forth(v)[0])
+        return unit(back(u))[0], length
 
     return lax.scan(product, start, None, length=iters)[1][-1].astype(jnp.float32)
 
 
-def _rounding(f: _StateMap, params: PyTree, z: PyTree, x: PyTree, key: jax.Array) -> jax.Array:
+def _central_difference(f: _StateMap, params: PyTree, z: PyTree, x: PyTree, v: PyTree) -> PyTree:
+    """(f(z + step v) - f(z - step v)) / (2 step), a step of the size of z."""
+    step = _eps(z) ** (1 / 3) * (1 + tree.norm(z))
+
+    def moved(sign: int) -> PyTree:
+        there = lambda a, b: (a + sign * tree.spread(step, a) * b).astype(a.dtype)  # noqa: E731
+        return f(params, jax.tree.map(there, z, v), x)
+
+    return jax.tree.map(
+        lambda a, b: ((a - b) / (2 * tree.spread(step, a))).astype(a.dtype), moved(1), moved(-1)
+    )
+
+
+def _rounding(
+    f: _StateMap, params: PyTree, z: PyTree, x: PyTree, rng: np.random.Generator
+) -> np.ndarray:
     """Estimates how far f(z) is off by rounding, relative to its norm, ``[B]``.
 
     From f(z + d) - 2 f(z) + f(z - d), in which only the curvature of f is left beside rounding, a
     term of the order of `_NUDGE` squared.
     """
-    rows, unravel = _rows(z), tree.batch_ravel(z)[1]
-    image = lambda a: _rows(f(params, unravel(a), x))  # noqa: E731
+    rows = _rows(z)
+    image = lambda a: _rows(f(params, _unravel(z, a), x))  # noqa: E731
     middle = image(rows)
-    size = tree.norm(middle)
-
-    def wobble(probe: jax.Array) -> jax.Array:
-        d = _NUDGE * rows * jax.random.normal(probe, rows.shape, rows.dtype)
-        rest = tree.norm(image(rows + d) - 2 * middle + image(rows - d))
-        return rest / (6**0.5 * jnp.where(size == 0, 1, size))
-
-    return lax.map(wobble, jax.random.split(key, _PROBES)).max(axis=0).astype(jnp.float32)
-
-
-def _unit(v: jax.Array) -> jax.Array:
-    """Scales rows to length one; zero stays zero."""
-    length = tree.norm(v)
-    return v / jnp.where(length == 0, 1, length)[:, None]
+    size, most = _norm(middle), np.zeros(len(rows))
+    for _ in range(_PROBES):
+        d = _NUDGE * rows * rng.normal(size=rows.shape)
+        rest = _norm(image(rows + d) - 2 * middle + image(rows - d))
+        most = np.maximum(most, rest / (6**0.5 * np.where(size == 0, 1, size)))
+    return most.astype(np.float32)
 
 
 def _summary(numbers: np.ndarray, form: str) -> list[str]:
