@@ -124,7 +124,9 @@ def test_every_rule_at_a_solution_gives_the_dense_gradient(x64, name):
     close(grad(params, x["input"]), wanted, 1e-8, 1e-10)
 
 
-PROBLEMS = [p for p in testing.all_problems(3) if p.kind != "unsolvable"]
+# They differ from logistic-3.3 in nothing that a rule sees.
+ALIKE = ("cosine", "exponential", "logistic-2.8")
+PROBLEMS = [p.name for p in testing.all_problems(3) if p.kind != "unsolvable"]
 
 
 def problem_of(name, dtype):
@@ -202,7 +204,7 @@ def test_every_derivative_is_that_of_dense_algebra(which, dtype):
             compare(ours[1], wanted[1], 10 * rtol)
 
 
-@pytest.mark.parametrize("which", [p.name for p in PROBLEMS])
+@pytest.mark.parametrize("which", [name for name in PROBLEMS if name not in ALIKE])
 def test_every_rule_on_every_problem(x64, which):
     """Where plain iteration converges, the rules that need that too."""
     problem = problem_of(which, jnp.float64)
@@ -278,8 +280,7 @@ def plain_loop(solver, n, keep="last", tol=None):
     return run
 
 
-@pytest.mark.parametrize("keep", ["last", "best"])
-@pytest.mark.parametrize("segments", [1, 3, 50])
+@pytest.mark.parametrize(("segments", "keep"), [(1, "last"), (3, "best")])
 @pytest.mark.parametrize(
     "solver",
     [
