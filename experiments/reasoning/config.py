@@ -226,7 +226,7 @@ _ADDITION = ReasoningConfig(
     optim=OptimConfig(
         name="adamw", lr=2e-3, b2=0.99, weight_decay=0.01, clip=1.0, warmup_steps=150, end_lr=4e-5
     ),
-    train=TrainConfig(steps=1200, batch_size=128, log_every=100, checkpoint_every=1200),
+    train=TrainConfig(steps=1500, batch_size=128, log_every=100, checkpoint_every=1500),
     eval=EvalConfig(),
 )
 
