@@ -213,6 +213,25 @@ def test_zero_steps_return_the_start():
     assert np.isinf(sol.stats.residual).all() and not sol.stats.converged.any()
 
 
+def test_a_solution_shows_itself_in_one_line():
+    """Arrays in it may be large, traced, or not arrays at all."""
+    x = jnp.array([[1.0], [3.0]])
+    f = lambda p, z, x: {"a": 0.1 * z["a"] + x}  # noqa: E731
+    solver, shown = deq.Picard(tol=1e-3), []
+
+    def show(x):
+        sol = deq.fixed_point(f, None, {"a": 0 * x}, x, solver=solver, has_aux=False)
+        shown.append(repr(sol))
+        return sol
+
+    sol = show(x)
+    assert shown[0].startswith("Solution(value={'a': float32[2, 1]}, stats=SolveStats(2 of 2 conv")
+    assert "4 to 4 steps, residual 9.0e-04 to 9.0e-04" in shown[0]
+    jax.jit(show)(x)
+    assert shown[1].endswith("stats=SolveStats(int32[2], float32[2], bool[2]))")
+    assert "{'a': P()}" in repr(jax.tree.map(lambda _: PartitionSpec(), sol))
+
+
 def test_a_users_own_solver_needs_no_base_class():
     @dataclasses.dataclass(frozen=True)
     class Halving:

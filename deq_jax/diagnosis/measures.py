@@ -25,7 +25,7 @@ _Arrays = Mapping[str, np.ndarray]
 
 # Probes of the penalty, and perturbations that measure how precise f is.
 _PROBES = 10
-# Relative size of these perturbations: the spacing of TF32, a quarter of bfloat16's.
+# Least relative size of these perturbations: the spacing of TF32.
 _NUDGE = 2.0**-10
 
 
@@ -387,14 +387,14 @@ def _rounding(
     """Estimates how far f(z) is off by rounding, relative to its norm, ``[B]``.
 
     From f(z + d) - 2 f(z) + f(z - d), in which only the curvature of f is left beside rounding, a
-    term of the order of `_NUDGE` squared.
+    term of the order of the perturbation squared.
     """
-    rows = _rows(z)
+    rows, nudge = _rows(z), max(_NUDGE, _eps(z))
     image = lambda a: _rows(f(params, _unravel(z, a), x))  # noqa: E731
     middle = image(rows)
     size, most = _norm(middle), np.zeros(len(rows))
     for _ in range(_PROBES):
-        d = _NUDGE * rows * rng.normal(size=rows.shape)
+        d = nudge * rows * rng.normal(size=rows.shape)
         rest = _norm(image(rows + d) - 2 * middle + image(rows - d))
         most = np.maximum(most, rest / (6**0.5 * np.where(size == 0, 1, size)))
     return most.astype(np.float32)

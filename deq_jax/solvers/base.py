@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export
 from jax.core import Tracer
 
@@ -85,6 +86,16 @@ class SolveStats:
     converged: jax.Array
     trace: jax.Array | None
 
+    def __repr__(self) -> str:
+        arrays = self.num_steps, self.residual, self.converged
+        if not all(map(_is_known, arrays)):
+            return f"SolveStats({', '.join(map(_outline, arrays))})"
+        steps, residual, converged = map(np.asarray, arrays)
+        return (
+            f"SolveStats({converged.sum()} of {converged.size} converged, {steps.min()} to "
+            f"{steps.max()} steps, residual {residual.min():.1e} to {residual.max():.1e})"
+        )
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +136,17 @@ class Solution:
     states: tuple[PyTree, ...] = ()
     aux: PyTree = None
 
+    def __repr__(self) -> str:
+        parts = [f"value={_outline(self.value)}", f"stats={self.stats}"]
+        if self.equation is not None:
+            parts.append(f"equation={self.equation.f}")
+        parts += [
+            f"{name}={_outline(part)}"
+            for name, part in (("states", self.states), ("aux", self.aux))
+            if jax.tree.leaves(part)
+        ]
+        return f"Solution({', '.join(parts)})"
+
     @property
     def at(self) -> tuple[Callable[..., PyTree], PyTree, PyTree, PyTree]:
         """``(f, params, z, x)``: how `frobenius_penalty` and `spectral_radius` begin."""
@@ -134,6 +156,25 @@ class Solution:
                 "layer; pass f, params, z and x yourself after a bare fixed_point or solve"
             )
         return self.equation.f, self.equation.params, self.value, self.equation.x
+
+
+def _is_known(leaf: Any) -> bool:
+    known = isinstance(leaf, (jax.Array, np.ndarray)) and not isinstance(leaf, Tracer)
+    return known and getattr(leaf, "is_fully_addressable", True)
+
+
+def _outline(part: PyTree) -> str:
+    """Returns a tree as text, with dtypes and shapes in place of the numbers."""
+
+    class Shape(str):
+        __repr__ = str.__str__
+
+    def leaf(a: Any) -> Shape:
+        if not hasattr(a, "shape"):
+            return Shape(repr(a))
+        return Shape(f"{a.dtype.name}[{', '.join(map(str, a.shape))}]")
+
+    return repr(jax.tree.map(leaf, part))
 
 
 def serializable(*kinds: type) -> None:
