@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from deq_jax.data import images, pipeline, synthetic
+from deq_jax.errors import UsageError
 
 NUMBERS = [{"x": np.float32(i)} for i in range(10)]
 
@@ -84,8 +85,22 @@ def test_digits_are_split_once_and_whole():
     assert train.images.shape == (1437, 8, 8, 1) and train.images.dtype == np.uint8
     assert train.images.max() == 16 and set(test.labels) == set(range(10))
     assert np.bincount(test.labels).min() >= 25
-    with pytest.raises(ValueError, match="validation"):
-        images.digits("validation")
+    for split in ("validation", "train[", "train[90]", "test[360:]", "train[:-2000]"):
+        with pytest.raises(UsageError, match="digits: got split=.*wanted"):
+            images.digits(split)
+
+
+def test_a_part_of_a_split_of_digits_is_of_that_split():
+    """train[:90%] gave the test images."""
+    train = images.digits("train").images
+    for split, wanted in {
+        "train[:90%]": train[:1293],
+        "train[90%:]": train[1293:],
+        "train[100:-7]": train[100:-7],
+        "train[-10%:]": train[-144:],
+        "train[:]": train,
+    }.items():
+        np.testing.assert_array_equal(images.digits(split).images, wanted)
 
 
 def test_standardize_brings_mean_0_and_variance_1():

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from deq_jax.data.records import CorruptRecord, Record
+from deq_jax.errors import UsageError
 
-Split = Literal["train", "test"]
+_SPLIT = re.compile(r"(train|test)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,35 +59,47 @@ class InMemory:
         return {"image": self.images[index], "label": self.labels[index]}
 
 
-def digits(split: Split) -> InMemory:
+def digits(split: str) -> InMemory:
     """scikit-learn's bundled scans of handwritten digits: 1,797 images of 8 x 8, values 0 to 16.
 
     Every fifth image is a test image: 360 to test, 1,437 to train.
 
     Args:
-      split: "train" or "test".
+      split: "train" or "test", or a part of it as TFDS writes it: "train[:1000]", "train[80%:]".
 
     Returns:
       images uint8 [N, 8, 8, 1], labels 0 to 9.
 
     Raises:
-      ValueError: another split.
+      UsageError: another split, or an empty part.
 
     Example:
-      >>> len(digits("test"))
-      360
+      >>> len(digits("test")), len(digits("train[80%:]"))
+      (360, 287)
 
     Reference: Alpaydin & Kaynak, Optical Recognition of Handwritten Digits, UCI repository, 1998.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f'got split={split!r}; wanted "train" or "test"')
     from sklearn.datasets import load_digits
 
     bunch: Any = load_digits()
-    test = np.arange(len(bunch.target)) % 5 == 0
-    chosen = test if split == "test" else ~test
-    images = bunch.images[chosen].astype(np.uint8)[..., None]
-    return InMemory(images, bunch.target[chosen].astype(np.int32), f"digits/{split}")
+    found = _SPLIT.fullmatch(split)
+    places = np.arange(len(bunch.target))
+    if found:
+        places = places[(places % 5 == 0) == (found[1] == "test")]
+        places = places[slice(*(_bound(text, len(places)) for text in found.groups()[1:]))]
+    if not found or not places.size:
+        raise UsageError(
+            f'digits: got split={split!r}; wanted "train", "test", or a part of one: "train[:80%]"'
+        )
+    images = bunch.images[places].astype(np.uint8)[..., None]
+    return InMemory(images, bunch.target[places].astype(np.int32), f"digits/{split}")
+
+
+def _bound(text: str | None, length: int) -> int | None:
+    """A place in a split: a number, or a share of its length."""
+    if text is None or not text.endswith("%"):
+        return text and int(text)
+    return round(int(text[:-1]) / 100 * length)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import export
 from jax.core import Tracer
 
@@ -90,7 +89,7 @@ class SolveStats:
         arrays = self.num_steps, self.residual, self.converged
         if not all(map(_is_known, arrays)):
             return f"SolveStats({', '.join(map(_outline, arrays))})"
-        steps, residual, converged = map(np.asarray, arrays)
+        steps, residual, converged = jax.device_get(arrays)
         return (
             f"SolveStats({converged.sum()} of {converged.size} converged, {steps.min()} to "
             f"{steps.max()} steps, residual {residual.min():.1e} to {residual.max():.1e})"
@@ -159,7 +158,7 @@ class Solution:
 
 
 def _is_known(leaf: Any) -> bool:
-    known = isinstance(leaf, (jax.Array, np.ndarray)) and not isinstance(leaf, Tracer)
+    known = hasattr(leaf, "__array__") and not isinstance(leaf, Tracer)
     return known and getattr(leaf, "is_fully_addressable", True)
 
 

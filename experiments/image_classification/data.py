@@ -64,7 +64,7 @@ def open_set(config: ImageConfig, split: str) -> Any:
     """
     data, classes = config.data, config.model.classes
     if data.name == "digits":
-        found, source = 10, images.digits("train" if split == "train" else "test")
+        found, source = 10, images.digits(split)
     else:
         found, source = _open_stored(data, split)
         source = sources.in_memory(source, data.on_corrupt) if data.in_memory else source

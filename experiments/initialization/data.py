@@ -76,7 +76,7 @@ def order(examples: int, batch_size: int, steps: int, seed: int) -> np.ndarray:
 
 def _open(data: DataConfig, split: str) -> images.InMemory:
     if data.name == "digits":
-        return images.digits("train" if split == "train" else "test")
+        return images.digits(split)
     opened = sources.open_tfds(data.name, split, data.dir)
     return sources.in_memory(sources.Fields(opened, {"image": "image", "label": "label"}))
 
