@@ -8,6 +8,8 @@ reasoning.png beside them.
 
 from __future__ import annotations
 
+import jax
+
 from deq_jax.training import flags
 from experiments.common.run import Experiment
 from experiments.reasoning import data, report, task
@@ -22,4 +24,5 @@ EXPERIMENT = Experiment(
 run = EXPERIMENT.run
 
 if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 2)  # each trains on half of a batch, on one core
     flags.run(run, PRESETS, default="addition")
