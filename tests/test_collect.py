@@ -36,7 +36,7 @@ def test_a_command_shows_means_and_deviations(runs):
     assert cells[2:] == [
         ["accuracy 2", "0.6 ± 0.14"],
         ["accuracy 8", "0.75 ± 0"],
-        ["steps", "9, and 1 of 2 infinite"],
+        ["steps", "9, and 1 of 2 not finite"],
         ["quarters 0", "1.5 ± 0.71"],
     ]
 

@@ -15,8 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from deq_jax.errors import UsageError
 from experiments.common import reporting
 
@@ -65,27 +63,6 @@ def leaves(numbers: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, float(numbers)
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation, in words.
-
-    Args:
-      values: one for each run.
-
-    Returns:
-      Four digits of the mean and two of the deviation; where some are infinite, how many.
-
-    Example:
-      >>> spread([1.0, 2.0, 3.0]), spread([8.0, float("inf")])
-      ('2 ± 1', '8, and 1 of 2 infinite')
-    """
-    known = [value for value in values if np.isfinite(value)]
-    text = f"{np.mean(known):.4g}" if known else "-"
-    if len(known) > 1:
-        text += f" ± {np.std(known, ddof=1):.2g}"
-    lost = len(values) - len(known)
-    return f"{text}, and {lost} of {len(values)} infinite" if lost else text
-
-
 def collect(folders: Sequence[Path]) -> str:
     """Lays out the numbers of several runs.
 
@@ -112,7 +89,7 @@ def collect(folders: Sequence[Path]) -> str:
     for name in names:
         cells = [[part[name] for part in column if name in part] for column in columns.values()]
         if all(len(cell) in (0, len(runs)) for cell in cells):
-            rows.append([name, *(spread(cell) if cell else "-" for cell in cells)])
+            rows.append([name, *(reporting.spread(cell, ".4g") if cell else "-" for cell in cells)])
     head = f"mean ± deviation of {len(runs)} runs"
     return reporting.table([head, *(reporting.NAMES.get(m, m) for m in models)], rows)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,29 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = [":" + "-" * (widths[0] - 1)] + ["-" * (w - 1) + ":" for w in widths[1:]]
     return line(header) + line(rule) + "".join(line(row) for row in rows)
+
+
+def spread(values: Iterable[float], form: str = ".3g") -> str:
+    """Mean and sample standard deviation of what is finite, in words.
+
+    Args:
+      values: one for each seed.
+      form: of the mean, as `format` takes it; of the deviation two digits are shown.
+
+    Returns:
+      The mean alone for one seed; how many are not finite, if some are.
+
+    Example:
+      >>> spread([1.0, 2.0, 3.0]), spread([8.0, float("inf")])
+      ('2 ± 1', '8, and 1 of 2 not finite')
+    """
+    values = list(values)
+    known = [value for value in values if math.isfinite(value)]
+    text = format(statistics.fmean(known), form) if known else "-"
+    if len(known) > 1:
+        text += f" ± {float(f'{statistics.stdev(known):.2g}'):g}"
+    lost = len(values) - len(known)
+    return f"{text}, and {lost} of {len(values)} not finite" if lost else text
 
 
 def row(columns: Columns, label: str, key: str, form: str) -> list[str]:

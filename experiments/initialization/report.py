@@ -12,28 +12,12 @@ import numpy as np
 
 import deq_jax as deq
 from experiments.common import reporting
+from experiments.common.reporting import spread
 from experiments.initialization import draw
 from experiments.initialization.config import FAMILIES, InitConfig, TheoryConfig
 from experiments.initialization.sweep import Family
 from experiments.initialization.theory import SOLVERS, predicted_picard
 from experiments.initialization.verdict import WINDOW, Verdict, judge, widths
-
-
-def spread(values: Any, digits: int = 3) -> str:
-    """Mean and standard deviation in words.
-
-    Args:
-      values: at least one number.
-      digits: significant ones of the mean.
-
-    Returns:
-      For instance "1.34 +- 0.02"; "-" if a number is not finite.
-    """
-    values = np.asarray(values, float)
-    if not np.isfinite(values).all():
-        return "-"
-    deviation = values.std(ddof=1) if len(values) > 1 else 0.0
-    return f"{values.mean():.{digits}g} +- {float(f'{deviation:.1g}'):g}"
 
 
 def write_theory(folder: Path, config: InitConfig, records: Sequence[dict[str, Any]]) -> str:
@@ -89,10 +73,10 @@ def _gain_table(config: TheoryConfig, records: Sequence[dict[str, Any]]) -> str:
                 record["family"],
                 f"{record['scale']:.4g}",
                 f"{record['fraction']:g}",
-                spread(record["L1"], 4),
+                spread(record["L1"], ".4g"),
                 f"{p['predicted_L1']:.4g}",
                 spread(record["gain"]),
-                spread(record["L2"], 4),
+                spread(record["L2"], ".4g"),
                 f"{p['predicted_L2']:.4g}",
                 steps.pop("picard"),
                 str(p["predicted_picard_steps"]),
@@ -208,7 +192,7 @@ def _differences(config: InitConfig, verdicts: Mapping[str, Verdict]) -> list[st
             word = "wider than" if more.mean() > 2 * error else "narrower than"
             word = "not told apart from" if abs(more.mean()) <= 2 * error else word
             lines.append(
-                f"{name}: {word} gaussian, by {more.mean():+.2g} +- {error:.1g} scales "
+                f"{name}: {word} gaussian, by {more.mean():+.2g} ± {error:.1g} scales "
                 "(same seeds; standard error).  The paper expects wider."
             )
     return lines
@@ -295,20 +279,19 @@ def write_models(folder: Path, config: InitConfig, records: Sequence[Mapping[str
       The table.
     """
 
-    def cell(values: Sequence[float | None], digits: int = 3, unit: float = 1.0) -> str:
-        known = [unit * v for v in values if v is not None]
-        return spread(known, digits) if known else "-"
+    def cell(values: Sequence[float | None], unit: float = 1.0) -> str:
+        return spread([unit * v for v in values if v is not None])
 
     header = ["model", "weights", "scale", "score", "% not solved, start", "end", "radius"]
     header += ["diverged"]
     rows = []
     for r in records:
         percent = r["metric"] == "accuracy"
-        score = cell(r["score"], 3, 100 if percent else 1)
+        score = cell(r["score"], 100 if percent else 1)
         scale = "-" if r["family"] == "published" else f"{r['scale']:g}"
         metric = f"{r['metric']}{' in %' if percent else ''}"
         rows.append([r["model"], r["family"], scale, f"{metric} {score}"])
-        rows[-1] += [cell(r[n], 3, 100) for n in ("start_unsolved", "end_unsolved")]
+        rows[-1] += [cell(r[n], 100) for n in ("start_unsolved", "end_unsolved")]
         rows[-1] += [cell(r["radius"]), f"{sum(r['diverged']):g} of {len(r['diverged'])}"]
     text = reporting.table(header, rows) + "".join(f"\n{line}" for line in _paired(records)) + "\n"
     text += f"""
@@ -339,7 +322,7 @@ def _paired(records: Sequence[Mapping[str, Any]]) -> list[str]:
                 seeds = more.mean(axis=0)
                 error = seeds.std(ddof=1) / math.sqrt(len(seeds))
                 lines.append(
-                    f"{model}: {name} minus gaussian {seeds.mean():+.2g} +- {error:.1g} "
+                    f"{model}: {name} minus gaussian {seeds.mean():+.2g} ± {error:.1g} "
                     f"({own[0]['metric']}{' in %' if unit == 100 else ''}, mean over {len(both)} "
                     "scales, same seeds; standard error)"
                 )

@@ -131,20 +131,15 @@ Solved (%) from noise after {at} loops: from one start, from the one of the leas
 
 
 def _percent(values: Sequence[float]) -> str:
-    return _spread([100 * v for v in values], ".1f")
+    return reporting.spread([100 * v for v in values], ".1f")
 
 
 def _number(values: Sequence[float]) -> str:
-    return _spread(values, ".2f")
+    return reporting.spread(values, ".2f")
 
 
 def _power(values: Sequence[float]) -> str:
     return f"{statistics.geometric_mean([max(v, 1e-12) for v in values]):.0e}"
-
-
-def _spread(values: Sequence[float], form: str) -> str:
-    mean = format(statistics.fmean(values), form)
-    return f"{mean} ± {statistics.stdev(values):{form}}" if len(values) > 1 else mean
 
 
 def draw(path: Path, config: ReasoningConfig, kind: str, arms: Arms) -> None:
