@@ -97,9 +97,9 @@ def digits(split: str) -> InMemory:
 
 def _bound(text: str | None, length: int) -> int | None:
     """A place in a split: a number, or a share of its length."""
-    if text is None or not text.endswith("%"):
-        return text and int(text)
-    return round(int(text[:-1]) / 100 * length)
+    if text is None:
+        return None
+    return round(int(text[:-1]) / 100 * length) if text.endswith("%") else int(text)
 
 
 @dataclasses.dataclass(frozen=True)

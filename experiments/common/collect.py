@@ -95,7 +95,7 @@ def collect(folders: Sequence[Path]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description="Tables of several seeds.")
     parser.add_argument("folders", nargs="+", type=Path, help="workdirs of the runs")
     try:
         sys.stdout.write(collect(parser.parse_args().folders))

@@ -114,7 +114,7 @@ def spread(values: Iterable[float], form: str = ".3g") -> str:
       >>> spread([1.0, 2.0, 3.0]), spread([8.0, float("inf")])
       ('2 ± 1', '8, and 1 of 2 not finite')
     """
-    values = list(values)
+    values = [float(value) for value in values]
     known = [value for value in values if math.isfinite(value)]
     text = format(statistics.fmean(known), form) if known else "-"
     if len(known) > 1:
