@@ -180,16 +180,25 @@ PUBLISHED = {
 }
 
 
+def parameters(config):
+    task = image_task.build_task(config, make_mesh(jax.devices()[:1]))
+    params, _ = jax.eval_shape(functools.partial(init, task), jax.random.key(0))
+    return sum(math.prod(a.shape) for a in jax.tree.leaves(params))
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name):
     config = image_presets.PRESETS[name]
     assert config.workdir == f"runs/{name}"
     millions, steps = PUBLISHED[name]
     assert config.train.steps == steps
-    task = image_task.build_task(config, make_mesh(jax.devices()[:1]))
-    params, _ = jax.eval_shape(functools.partial(init, task), jax.random.key(0))
-    count = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
-    assert count / 1e6 == pytest.approx(millions, rel=0.12)
+    assert parameters(config) / 1e6 == pytest.approx(millions, rel=0.12)
+
+
+def test_a_resnet_may_be_as_small_as_the_model_it_is_compared_with():
+    preset = image_presets.PRESETS["cifar10_resnet18"]
+    model = dataclasses.replace(preset.model, width=13)
+    assert parameters(dataclasses.replace(preset, model=model)) == pytest.approx(454e3, rel=0.05)
 
 
 def test_an_explicit_rival_trains_in_the_same_loop(tmp_path, capsys, two_devices):

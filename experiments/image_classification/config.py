@@ -20,8 +20,11 @@ class ModelConfig(mdeq.TrunkConfig):
 
     name: Literal["mdeq", "resnet18", "resnet50", "resnet101"] = option(
         "mdeq",
-        "the network; a resnet reads classes and momentum only, and downsample: 0 for the CIFAR "
+        "the network; a resnet reads classes, momentum, width and downsample only: 0 for the CIFAR "
         "stem, 2 for the ImageNet one",
+    )
+    width: int = option(
+        64, "channels of a resnet's first stage; each later stage has twice as many"
     )
     classes: int = option(10, "number of classes")
     head: tuple[int, ...] = option((8, 16), "widths of the head's bottlenecks, one for each branch")
@@ -37,7 +40,10 @@ class ModelConfig(mdeq.TrunkConfig):
             self.head,
         )
         require(self.final >= 1, "final", "at least 1", self.final)
-        if self.name != "mdeq":
+        if self.name == "mdeq":
+            require(self.width == 64, "width", "64 for mdeq, which has channels", self.width)
+        else:
+            require(self.width >= 1, "width", "at least 1", self.width)
             require(self.init == "published", "init", "published for a resnet", self.init)
             require(self.downsample in (0, 2), "downsample", "0 or 2 for a resnet", self.downsample)
 

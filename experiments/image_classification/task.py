@@ -79,5 +79,6 @@ def build_model(config: ImageConfig, mesh: Mesh) -> MDEQ | ResNet:
         classes=part.classes,
         depth=int(part.name.removeprefix("resnet")),
         stem="imagenet" if part.downsample else "cifar",
+        width=part.width,
         momentum=part.momentum,
     )
