@@ -86,8 +86,10 @@ def test_missing_sets_are_told_with_the_command(prepared, tmp_path):
     assert command in str(caught.value) and "TensorFlow" in str(caught.value)
     with pytest.raises(sources.MissingData, match="no data set nowhere in"):
         sources.open_tfds("nowhere", "train", str(tmp_path))
-    with pytest.raises(ValueError, match=r"got split 'valid' of shapes; wanted one of \['train"):
-        sources.open_tfds("shapes", "valid", str(prepared))
+    for split in ("valid", "train[", "train[:x]", "train[5:3]", "train+valid[:2]"):
+        with pytest.raises(UsageError, match=r"got split .* of shapes; wanted one of \['train"):
+            sources.open_tfds("shapes", split, str(prepared))
+    assert len(sources.open_tfds("shapes", "train[:2] + train[5:]", str(prepared))) == 4
 
 
 def test_a_missing_package_is_told_with_its_extra(monkeypatch):

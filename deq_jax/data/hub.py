@@ -15,6 +15,7 @@ import numpy as np
 from deq_jax import folders
 from deq_jax.data.records import Record
 from deq_jax.data.sources import MissingData, local_folder
+from deq_jax.errors import UsageError
 
 _MODES = ("RGB", "L", "I", "I;16", "F")
 """Modes of Pillow whose arrays are [H, W, 3] or [H, W]; images of others are converted."""
@@ -90,7 +91,7 @@ def open_hub(name: str, split: str, data_dir: str = "") -> HubImages:
     Raises:
       MissingData: the set is not there or cannot be opened, or ``datasets`` is not installed; the
         message has the command.
-      ValueError: the set has no such split, or not these columns.
+      UsageError: the set has no such split, or not these columns.
 
     Example:
       >>> import tempfile, datasets
@@ -108,7 +109,7 @@ def open_hub(name: str, split: str, data_dir: str = "") -> HubImages:
     try:
         chosen = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
     except (ValueError, AssertionError) as error:
-        raise ValueError(
+        raise UsageError(
             f"got split {split!r} of {name}; wanted one of {list(sizes)}, or a slice such as "
             f"{next(iter(sizes))}[:90%]"
         ) from error
@@ -176,7 +177,7 @@ def _columns(datasets: Any, features: Mapping[str, Any], name: str) -> tuple[str
     label = label or choose([key for key in integers if key in labels], labels)
     if image is None or label is None:
         listed = ", ".join(f"{key} ({type(f).__name__})" for key, f in features.items())
-        raise ValueError(
+        raise UsageError(
             f"got the columns {listed} in {name}; wanted one of type Image and one of type "
             "ClassLabel, or of several one called image and one called label: use "
             "Dataset.rename_column, cast_column or remove_columns, then save_to_disk"

@@ -48,7 +48,7 @@ def open_tfds(name: str, split: str, data_dir: str = "") -> Any:
     Raises:
       MissingData: the set is not there, or not in ArrayRecord format, or the package is not
         installed; the message has the command.
-      ValueError: the set has no such split.
+      UsageError: the set has no such split.
 
     Example:
       >>> train = open_tfds("cifar10", "train", "~/data")  # doctest: +SKIP
@@ -77,10 +77,17 @@ def open_tfds(name: str, split: str, data_dir: str = "") -> Any:
             f"needs TensorFlow to read; {how}"
         )
     known = list(builder.info.splits)
-    for part in re.split(r"\s*\+\s*", split):
-        if part.split("[")[0] not in known:
-            raise ValueError(f"got split {split!r} of {name}; wanted one of {known}, or a slice")
-    return builder.as_data_source(split=split)
+    try:
+        if not set(re.split(r"\[.*?\]|\s*\+\s*", split)) <= {"", *known}:
+            raise ValueError(f"unknown name in {split}")
+        source = builder.as_data_source(split=split)
+        len(source)
+    except (ValueError, AssertionError) as error:  # AssertionError: bounds of a slice
+        raise UsageError(
+            f"got split {split!r} of {name}; wanted one of {known}, or a slice such as "
+            f"{known[0]}[:90%]"
+        ) from error
+    return source
 
 
 def local_folder(name: str) -> Path:

@@ -81,13 +81,10 @@ def open_set(config: ImageConfig, split: str) -> Any:
 
 def _open_stored(data: DataConfig, split: str) -> tuple[int | None, Any]:
     """The number of classes and the examples of a split on disk."""
-    try:
-        if data.name.startswith(HUB):
-            source = hub.open_hub(data.name.removeprefix(HUB), split, data.dir)
-            return source.num_classes, source
-        opened = sources.open_tfds(data.name, split, data.dir)
-    except ValueError as error:  # no such split, no such columns
-        raise UsageError(str(error)) from error
+    if data.name.startswith(HUB):
+        source = hub.open_hub(data.name.removeprefix(HUB), split, data.dir)
+        return source.num_classes, source
+    opened = sources.open_tfds(data.name, split, data.dir)
     fields = sources.Fields(opened, {"image": "image", "label": "label"})
     return sources.num_classes(opened), fields
 
