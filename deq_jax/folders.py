@@ -48,6 +48,19 @@ def parse(name: str | os.PathLike[str]) -> Folder:
     return epath.Path(f"gs://{text[scheme.end() :]}")
 
 
+def cache() -> Path:
+    """The folder for what can be made again.
+
+    Returns:
+      ``deq_jax`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``.
+
+    Example:
+      >>> cache().name
+      'deq_jax'
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deq_jax"
+
+
 def is_remote(folder: Folder) -> bool:
     """Whether a folder is in a store of objects: no lock, no appending, no renaming at once.
 

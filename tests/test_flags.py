@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from typing import Literal
@@ -179,6 +180,10 @@ from test_flags import PRESETS
 
 def main(config):
     print(config.model.width)
+    if config.model.note == "compile":
+        import jax
+        jax.jit(lambda x: 2 * x)(1.0)
+        return
     if config.model.note == "open":
         open("nowhere.txt")
     if config.model.note == "no data":
@@ -191,12 +196,24 @@ if __name__ == "__main__":
 """
 
 
-def run_main(tmp_path, *args: str) -> subprocess.CompletedProcess:
+def run_main(tmp_path, *args: str, env=None) -> subprocess.CompletedProcess:
     script = tmp_path / "main.py"
     script.write_text(MAIN.replace("PATHS", repr(sys.path)))
-    return subprocess.run(
-        [sys.executable, str(script), *args], capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, str(script), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+
+
+def test_what_is_compiled_is_kept_for_later_runs(tmp_path):
+    kept, named = tmp_path / "deq_jax" / "programs", tmp_path / "named"
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}  # all programs, of any time to compile
+    del env["JAX_COMPILATION_CACHE_DIR"]
+    for args, filled in (
+        (["--dry_run"], [False, False]),
+        ([f"--jax_compilation_cache_dir={named}"], [False, True]),
+        ([], [True, True]),
+    ):
+        assert run_main(tmp_path, "--model.note=compile", *args, env=env).returncode == 0
+        assert [any(folder.glob("*")) for folder in (kept, named)] == filled
 
 
 def test_helpshort_lists_every_field_with_its_default(tmp_path):

@@ -53,6 +53,10 @@ def run(main: Callable[[ConfigT], object], presets: Mapping[str, ConfigT], *, de
     shown in one sentence on stderr and ends with exit code 1; an interrupted run ends with
     128 + signal number, as shells do, so that a scheduler knows that it is not finished.
 
+    JAX keeps what it has compiled for later runs, in ``~/.cache/deq_jax/programs``; its own flags
+    name another folder, ``--jax_compilation_cache_dir``, or keep nothing,
+    ``--jax_enable_compilation_cache=false``.
+
     Args:
       main: called with the configuration.
       presets: name -> configuration, all of one type.
@@ -80,6 +84,9 @@ def run(main: Callable[[ConfigT], object], presets: Mapping[str, ConfigT], *, de
     def guarded(config: Any) -> None:
         if not values["verbosity"].present:
             absl_logging.set_verbosity(absl_logging.WARNING)  # JAX tells of every absent backend
+        # A dry run says how long compiling takes.
+        if not (jax.config.jax_compilation_cache_dir or getattr(config, "dry_run", False)):
+            jax.config.update("jax_compilation_cache_dir", str(folders.cache() / "programs"))
         monitor = None
         try:
             monitor = distributed.initialize(*(values[name].value for name in _PROCESSES))

@@ -6,7 +6,7 @@
 `theory` measures random matrices and linear DEQs beside what random-matrix theory predicts; `sweep`
 trains fully connected DEQs from them, family x scale x seed; `models` trains the presets prose and
 digits from them.  WORKDIR/MODE gets results.md, results.json and a picture.  On 2 CPU cores theory
-takes 2.5 minutes, sweep 2 (mnist 6), models 20 (JAX_COMPILATION_CACHE_DIR helps), --diagnose 1.5.
+takes 2.5 minutes, sweep 2 (mnist 6), models 20, --diagnose 1.5.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
@@ -107,6 +106,5 @@ def open_corpus(data: DataConfig) -> text.Corpus:
         texts = corpora.wiki_files(data.dir, "" if data.name == "text" else data.name)
     else:
         texts = corpora.wiki_tfds(data.name, data.dir)
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deq_jax"
-    cache = {"": home, "none": None}.get(data.cache, Path(data.cache).expanduser())
+    cache = {"": folders.cache(), "none": None}.get(data.cache, Path(data.cache).expanduser())
     return text.corpus(texts, cache, say=lambda line: print(line, file=sys.stderr))
