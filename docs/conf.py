@@ -1,11 +1,14 @@
 """Settings of the documentation: ``sphinx-build -W -n docs docs/_build``."""
 
+import os
 import sys
 from pathlib import Path
 
 from deq_jax import __version__
 
 HERE = Path(__file__).parent
+# Of the tutorials' time most goes into compiling programs that run for seconds.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 # The flag tables are made from the experiments, which are not installed.
 sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
 
