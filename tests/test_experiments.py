@@ -105,7 +105,10 @@ def test_spirals_are_separated(tmp_path, capsys, two_devices):
     """The experiment that is one file, shortened."""
     preset = spirals_main.PRESETS["spirals"]
     part = dataclasses.replace(preset.train, steps=300, log_every=100, eval_every=0)
-    config = dataclasses.replace(preset, workdir=str(tmp_path / "run"), train=part, turns=0.8)
+    solver = dataclasses.replace(preset.solver, max_steps=8)
+    config = dataclasses.replace(
+        preset, workdir=str(tmp_path / "run"), train=part, turns=0.8, solver=solver
+    )
     trained = spirals_main.run(config)
     assert "| accuracy at 30 steps" in capsys.readouterr().out
     assert trained["jr"].result.evaluation[30]["accuracy"] > 0.9

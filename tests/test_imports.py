@@ -161,6 +161,14 @@ def test_import_of_the_library_is_light():
     assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
 
 
+def test_a_folder_of_this_name_is_not_taken_for_the_library(tmp_path):
+    """Python is often started in the folder above a clone."""
+    (tmp_path / "deq_jax").mkdir()
+    command = [sys.executable, "-c", "import deq_jax; print(deq_jax.__file__)"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == str(ROOT / "deq_jax" / "__init__.py"), done.stderr
+
+
 def public(module) -> typing.Iterator[tuple[str, object]]:
     """Yields the public objects that a module lists or defines, and those of modules it lists."""
     for name in getattr(module, "__all__", dir(module)):

@@ -47,7 +47,7 @@ class SpiralsConfig(ComparedConfig):
     """The whole configuration."""
 
     width: int = option(64, "units of the DEQ")
-    turns: float = option(1.5, "turns of a spiral")
+    turns: float = option(1.0, "turns of a spiral")
     noise: float = option(0.03, "standard deviation of the noise in both coordinates")
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ PRESETS = {
     "spirals": SpiralsConfig(
         workdir="runs/spirals",
         compare=True,
-        solver=SolverConfig(max_steps=8),
+        solver=SolverConfig(max_steps=16),
         jac=JacConfig(gamma=0.3),
         optim=OptimConfig(lr=3e-3, clip=1.0),
         train=TrainConfig(steps=1500, batch_size=128, log_every=250, eval_every=500),
