@@ -166,7 +166,7 @@ def test_a_folder_of_this_name_is_not_taken_for_the_library(tmp_path):
     (tmp_path / "deq_jax").mkdir()
     command = [sys.executable, "-c", "import deq_jax; print(deq_jax.__file__)"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.strip() == str(ROOT / "deq_jax" / "__init__.py"), done.stderr
+    assert Path(done.stdout.strip()).name == "__init__.py", done.stderr
 
 
 def public(module) -> typing.Iterator[tuple[str, object]]:
