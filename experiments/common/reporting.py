@@ -105,7 +105,8 @@ def spread(values: Iterable[float], form: str = ".3g") -> str:
 
     Args:
       values: one for each seed.
-      form: of the mean, as `format` takes it; of the deviation two digits are shown.
+      form: of the mean, as `format` takes it; of the deviation too if its places are fixed, else
+        two digits are shown.
 
     Returns:
       The mean alone for one seed; how many are not finite, if some are.
@@ -118,7 +119,9 @@ def spread(values: Iterable[float], form: str = ".3g") -> str:
     known = [value for value in values if math.isfinite(value)]
     text = format(statistics.fmean(known), form) if known else "-"
     if len(known) > 1:
-        text += f" ± {float(f'{statistics.stdev(known):.2g}'):g}"
+        deviation = statistics.stdev(known)
+        short = f"{float(f'{deviation:.2g}'):g}"
+        text += f" ± {format(deviation, form) if form.endswith('f') else short}"
     lost = len(values) - len(known)
     return f"{text}, and {lost} of {len(values)} not finite" if lost else text
 
