@@ -231,7 +231,7 @@ def test_a_large_true_solution_is_no_runaway():
     assert found.converged["Anderson"].all() and not found.runaway["Anderson"].any()
 
 
-@pytest.mark.parametrize("batch", [5])
+@pytest.mark.parametrize("batch", [2, 5, 8])
 def test_samples_that_depend_on_each_other_are_found(batch):
     w = deq.init.orthogonal(0.5)(KEY, (6, 6))
     x = jax.random.normal(KEY, (batch, 6))

@@ -16,12 +16,13 @@ from deq_jax import tree
 from deq_jax.diagnosis.advice import advise, plain_iteration
 from deq_jax.fixed_point import fixed_point
 from deq_jax.jacobian import frobenius_penalty, spectral_radius
-from deq_jax.solvers import Anderson, Broyden, Picard, Solution, Solver
+from deq_jax.solvers import Anderson, Broyden, Picard, Solver
 from deq_jax.solvers.base import Unbatched, as_batched, check_count, check_image
 from deq_jax.tree import PyTree
 
 _StateMap = Callable[[PyTree, PyTree, PyTree], PyTree]
 _Arrays = Mapping[str, np.ndarray]
+_Solved = Any  # a `Solution` whose statistics are NumPy arrays
 
 # Probes of the penalty, and perturbations that measure how precise f is.
 _PROBES = 10
@@ -175,10 +176,14 @@ def diagnose(
     keys = jax.random.split(key, 2)
     rng = np.random.default_rng(np.asarray(_key_data(key)).ravel())
 
-    def run(start: PyTree) -> dict[str, Solution]:
-        return {
+    def run(start: PyTree) -> dict[str, _Solved]:
+        solutions = {
             name: fixed_point(f, params, start, x, solver=solver, batched=True)
             for name, solver in solvers.items()
+        }
+        return {
+            name: dataclasses.replace(sol, stats=jax.device_get(sol.stats))
+            for name, sol in solutions.items()
         }
 
     # Rows of numbers are NumPy's, in float64: nothing is compiled for them, and nothing overflows.
@@ -188,7 +193,6 @@ def diagnose(
         runaway = {n: end["runaway"] for n, end in ends.items()}
         z = _closest(solved, runaway, plain_iteration(solvers))
         others = [run(start) for start in _starts(z0, z, rng)]
-        stats = {n: jax.device_get(sol.stats) for n, sol in solved.items()}
 
         @jax.jit
         def jacobian(params: PyTree, z: PyTree, x: PyTree, start: PyTree) -> list[jax.Array]:
@@ -202,9 +206,9 @@ def diagnose(
         radius, norm, penalty = jacobian(params, z, x, start)
         found = Diagnosis(
             value=z,
-            trace={n: s.trace for n, s in stats.items()},
-            steps={n: s.num_steps for n, s in stats.items()},
-            converged={n: s.converged & ~runaway[n] for n, s in stats.items()},
+            trace={n: s.stats.trace for n, s in solved.items()},
+            steps={n: s.stats.num_steps for n, s in solved.items()},
+            converged={n: s.stats.converged & ~runaway[n] for n, s in solved.items()},
             runaway=runaway,
             alignment={
                 n: _alignment(runaway[n], [o[n] for o in (solved, *others)]) for n in solved
@@ -216,7 +220,7 @@ def diagnose(
             dependent=_dependent(f, params, z, x, rng),
         )
         finite = np.isfinite(_rows(image)).all(axis=1)
-    spoiled = _not_finite(params=params, z0=z0, x=x)
+    spoiled = [] if finite.all() else _not_finite(params=params, z0=z0, x=x)
     return dataclasses.replace(found, advice=advise(found, solvers, ends, finite, spoiled))
 
 
@@ -232,18 +236,18 @@ def _not_finite(**operands: PyTree) -> list[str]:
         for name, operand in operands.items()
         for leaf in jax.tree.leaves(operand)
         if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-        and not np.isfinite(np.asarray(leaf, np.complex128)).all()
+        and not np.isfinite(np.asarray(leaf)).all()
     ]
 
 
-def _closest(solved: Mapping[str, Solution], runaway: _Arrays, plain: str | None) -> PyTree:
+def _closest(solved: Mapping[str, _Solved], runaway: _Arrays, plain: str | None) -> PyTree:
     """Returns the best value of every sample, plain iteration's where that has converged.
 
     Other solvers may find a fixed point that plain iteration would leave.
     """
     residuals = [
         np.where(runaway[n], np.inf, np.where((n == plain) & s.converged, -1, s.residual))
-        for n, s in ((n, jax.device_get(sol.stats)) for n, sol in solved.items())
+        for n, s in ((n, sol.stats) for n, sol in solved.items())
     ]
     best = np.argmin(residuals, axis=0)  # [B]
     rows = np.stack([_rows(sol.value) for sol in solved.values()])
@@ -282,7 +286,7 @@ def _eps(z: PyTree) -> float:
 
 
 def _end(
-    f: _StateMap, params: PyTree, x: PyTree, start: tuple[PyTree, PyTree], sol: Solution
+    f: _StateMap, params: PyTree, x: PyTree, start: tuple[PyTree, PyTree], sol: _Solved
 ) -> dict[str, np.ndarray]:
     """Measures how far norm(z) has grown and norm(f(z) - z) has fallen, and finds runaways."""
     z0, image = map(_rows, start)
@@ -298,7 +302,7 @@ def _end(
     return {
         "growth": size / first,
         "fall": gap / first_gap,
-        "runaway": np.asarray(sol.stats.converged) & (lost | far),
+        "runaway": sol.stats.converged & (lost | far),
     }
 
 
@@ -310,9 +314,9 @@ def _starts(z0: PyTree, z: PyTree, rng: np.random.Generator) -> list[PyTree]:
     return [_unravel(z0, start) for start in others]
 
 
-def _alignment(runaway: np.ndarray, solved: Sequence[Solution]) -> np.ndarray:
+def _alignment(runaway: np.ndarray, solved: Sequence[_Solved]) -> np.ndarray:
     """Returns the smallest cosine of the first value with the others, ``[B]``; NaN if unknown."""
-    first, *others = [(_unit(_rows(s.value)), np.asarray(s.stats.converged)) for s in solved]
+    first, *others = [(_unit(_rows(s.value)), s.stats.converged) for s in solved]
     cosines = [
         np.where(first[1] & converged & ~runaway, (first[0] * unit).sum(axis=1), np.nan)
         for unit, converged in others

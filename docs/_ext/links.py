@@ -44,7 +44,8 @@ def follow(app: Sphinx, exception: Exception | None) -> None:
         for link in page.links:
             if re.match(r"[a-z]+:|//", link):
                 continue
-            to, anchor = (unquote(part) for part in (urlsplit(link).path, urlsplit(link).fragment))
+            parts = urlsplit(link)
+            to, anchor = unquote(parts.path), unquote(parts.fragment)
             goal = (path.parent / to).resolve() if to else path
             lost = anchor and not listing and goal in pages and anchor not in pages[goal].anchors
             if lost or not goal.exists():
