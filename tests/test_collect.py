@@ -48,3 +48,7 @@ def test_what_does_not_belong_together_is_refused(runs, tmp_path):
         collect.collect([*folders, other])
     with pytest.raises(UsageError, match=r"cannot read .*results.json: .*wanted the workdir"):
         collect.collect([tmp_path])
+    for text in ("", "[1, 2]"):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(UsageError, match=r"cannot read .*results.json: .*wanted the workdir"):
+            collect.collect([tmp_path])

@@ -33,7 +33,10 @@ def read(folder: Path) -> dict[str, Any]:
     """
     path = folder / "results.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}")
+        return found
     except (OSError, ValueError) as error:
         raise UsageError(
             f"cannot read {path}: {error}; wanted the workdir of a run that has ended"
