@@ -139,7 +139,11 @@ def _number(values: Sequence[float]) -> str:
 
 
 def _power(values: Sequence[float]) -> str:
-    return f"{statistics.geometric_mean([max(v, 1e-12) for v in values]):.0e}"
+    return f"{_geometric(values):.0e}"
+
+
+def _geometric(values: Sequence[float]) -> float:
+    return statistics.geometric_mean([max(v, 1e-12) for v in values])
 
 
 def draw(path: Path, config: ReasoningConfig, kind: str, arms: Arms) -> None:
@@ -149,7 +153,7 @@ def draw(path: Path, config: ReasoningConfig, kind: str, arms: Arms) -> None:
       path: of the PNG.
       config: the whole configuration.
       kind: name of the test set.
-      arms: the numbers of every arm; lines are means over the seeds.
+      arms: the numbers of every arm; lines are means over the seeds, of residuals geometric ones.
     """
     from matplotlib import colormaps
 
@@ -170,7 +174,8 @@ def draw(path: Path, config: ReasoningConfig, kind: str, arms: Arms) -> None:
             if len(lines) > 1:
                 low, high = (list(map(best, zip(*lines, strict=True))) for best in (min, max))
                 axis.fill_between(loops, low, high, color=color, alpha=0.12, linewidth=0)
-            mean = [statistics.fmean(values) for values in zip(*lines, strict=True)]
+            average = _geometric if key == "residual" else statistics.fmean
+            mean = [average(values) for values in zip(*lines, strict=True)]
             axis.plot(loops, mean, color=color, marker="o", markersize=3, label=arm)
         axis.set(xscale="log", yscale=scale, xlabel="loops", ylabel=label, title=title)
         axis.set_xticks(loops, [str(n) for n in loops])
@@ -189,6 +194,8 @@ def draw(path: Path, config: ReasoningConfig, kind: str, arms: Arms) -> None:
     quarters.set(xlabel="quarter of the residual, least first", ylabel="solved")
     quarters.set(title=f"Does the residual tell? ({config.report.at} loops)", ylim=(-0.03, 1.03))
     quarters.set_xticks((1, 2, 3, 4))
-    axes[0][0].legend(fontsize=7, frameon=False)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False
+    )
     figure.suptitle(f"{kind}; dotted: loops of the fixed arms in training, and radius 1")
     reporting.save(figure, path)
