@@ -1,53 +1,44 @@
-"""Kernels in one iteration of a solve on an H100, read from programs compiled without one.
+"""Programs for accelerators, compiled without one and read.
 
-    pip install "jax[cuda13]" -e .[train]
-    python -m benchmarks.accelerators
+    pip install -e ".[examples,aot]"    # the compiler for TPUs
+    python -m benchmarks.accelerators --target=tpu-v5e:2x2
+    pip install "jax[cuda13]"           # the compiler for NVIDIA's GPUs
+    python -m benchmarks.accelerators --target=h100
 
-XLA compiles for a GPU that it is only told about: the optimised program shows which kernels an
-iteration launches, but not how long they take.  Nothing is run.  Without a device XLA does not
-autotune, so that libraries get their default algorithms.
+XLA compiles for chips that it is only told about: the optimised program shows memory, communication
+and, on a GPU, which kernels an iteration launches, but not how long they take.  Nothing is run.
+Without a device XLA does not autotune, so that libraries get their default algorithms.
 
-The small cases solve z = tanh(p z + x), whose f is one fused kernel: the rest of an iteration is
-the solver's.  Writes accelerators.json and prints the table.
+Cases are solvers, the forward solve of "MDEQ" (cifar10_large_jr), and names of presets, whose whole
+training step is compiled.  The solvers solve z = tanh(p z + x), whose f is one fused kernel: the
+rest of an iteration is the solver's.  "least ms" is a bound, not a measurement: the time in which
+the chip could do the operations, or move the bytes, of one evaluation of f, and of a training step
+at its full budgets without the penalty's loops; ceilings are those of `benchmarks.targets`.
+
+Writes TARGET.json and TARGET.png and prints the tables.
 """
 
 import argparse
 import dataclasses
-import functools
-import os
+import importlib
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import targets
+
 if __name__ == "__main__":  # before JAX is imported
-    os.environ.update(JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="-1")
+    targets.prepare()
 
 import jax
 import jax.numpy as jnp
 
 import deq_jax as deq
 from benchmarks._report import RESULTS, table, write
-from benchmarks.programs import kernels, loops
-
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
-  registers_per_block_limit: 65536 thread_dim_limit_x: 1024 thread_dim_limit_y: 1024
-  thread_dim_limit_z: 64 device_vendor: "NVIDIA Corporation" name: "NVIDIA H100 80GB HBM3"
-  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
-  dnn_version: "9.12.0"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 12 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+from benchmarks.programs import LOOPS, collectives, kernels, loops, traffic
+from benchmarks.targets import Target
 
 SHAPES = ((32, 1024), (16, 100_000))
 SOLVERS: dict[str, Any] = {
@@ -55,9 +46,20 @@ SOLVERS: dict[str, Any] = {
     "Anderson": deq.Anderson(tol=1e-6, max_steps=30, memory=6),
     "Broyden": deq.Broyden(tol=1e-6, max_steps=30, memory=20),
 }
-PRESET = "cifar10_large_jr"
+EXPERIMENTS = ("image_classification", "segmentation", "language_modeling", "reasoning")
+MDEQ = "cifar10_large_jr"
+RIVALS = {
+    "cifar10_large_jr": "cifar10_resnet18",
+    "cifar10_large": "cifar10_resnet18",
+    "imagenet_small_jr": "imagenet_resnet101",
+    "wikitext103_jr": "wikitext103_transformer",
+    "wikitext103_preln_jr": "wikitext103_transformer",
+}
+"""Preset of an equilibrium -> that of the explicit network of the same paper."""
+DEFAULT = (*SOLVERS, "digits", "prose")
 COUNTS = "fusions copies calls others conditionals loops kernels test histories".split()
 """See `benchmarks.programs.Kernels`; "test" is the loop's, "histories" are those written whole."""
+MIB = 2.0**20
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -67,36 +69,28 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         arguments: instead of sys.argv.
 
     Returns:
-        The chosen cases, where to keep the programs, and the output folder.
+        The target, the cases, examples a device, where to keep programs, and the output folder.
     """
-    parser = argparse.ArgumentParser(description="Count the kernels of solves compiled for H100.")
-    names = (*SOLVERS, "MDEQ")
-    parser.add_argument("--cases", nargs="+", choices=names, default=names)
+    parser = argparse.ArgumentParser(description="Read programs compiled for accelerators.")
+    parser.add_argument("--target", required=True, help=targets.FORMS)
+    parser.add_argument("--cases", nargs="+", default=DEFAULT, help="solvers, MDEQ, presets")
+    parser.add_argument(
+        "--per_device", type=int, help="examples of a preset on a device; its own batch if absent"
+    )
     parser.add_argument("--texts", type=Path, help="folder for the texts of the programs")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "accelerators")
     return parser.parse_args(arguments)
 
 
-@functools.cache
-def _sharding() -> Any:
-    """Where arrays of a program for one H100 lie; the device need not exist."""
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100
+def _compiled(target: Target, function: Callable[..., Any], *operands: Any) -> tuple[Any, float]:
+    """A function's program for one chip, and the seconds that XLA took."""
+    there = jax.sharding.SingleDeviceSharding(target.devices[0])
+    placed = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=there), operands
     )
-    return jax.sharding.SingleDeviceSharding(topology.devices[0])
-
-
-def _compiled(function: Callable[..., Any], *operands: Any) -> tuple[str, float]:
-    """The text of a function's program for one H100, and the seconds that XLA took."""
-    there = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_sharding()), operands
-    )
-    lowered = jax.jit(function).lower(*there)
+    lowered = jax.jit(function).lower(*placed)
     start = time.perf_counter()
-    program = lowered.compile()
-    return program.as_text() or "", time.perf_counter() - start
+    return lowered.compile(), time.perf_counter() - start
 
 
 def _small(name: str, shape: tuple[int, int]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -117,43 +111,137 @@ def _history_bytes(solver: Any, size: int) -> int:
     return 4 * size * max(min(getattr(solver, "memory", None) or 0, solver.max_steps) - 2, 0)
 
 
-def _mdeq() -> tuple[dict[str, tuple[Callable[..., Any], tuple[Any, ...]]], int, str]:
-    """The preset `PRESET` in training and its f alone, bytes of a history, and a state's shape."""
+def _found(name: str) -> tuple[Any, Any]:
+    """A preset's experiment and configuration."""
+    for experiment in EXPERIMENTS:
+        main = importlib.import_module(f"experiments.{experiment}.main")
+        if name in main.PRESETS:
+            return main.EXPERIMENT, main.PRESETS[name]
+    sys.exit(f"got --cases {name}; wanted {', '.join(SOLVERS)}, MDEQ, or a preset")
+
+
+@dataclasses.dataclass(frozen=True)
+class Equation:
+    """What a model solves in training, on one device, as `jax.ShapeDtypeStruct`.
+
+    Attributes:
+        solve: the forward solve.
+        operands: of it.
+        f: the function whose fixed point it finds; None for an explicit network.
+        inside: the operands of f, z the second.
+        flops: of a training step, each loop run once.
+    """
+
+    solve: Callable[..., Any]
+    operands: tuple[Any, ...]
+    f: Callable[..., Any] | None
+    inside: tuple[Any, ...]
+    flops: float
+
+
+def _equation(experiment: Any, config: Any) -> Equation:
     from deq_jax.training.parallel import make_mesh
-    from experiments.image_classification.presets import PRESETS
-    from experiments.image_classification.task import build_model
+    from deq_jax.training.task import forward, has_solver
+    from experiments.common import dry_run
 
-    config = PRESETS[PRESET]
-    size, batch = config.data.size, config.train.batch_size
-    model: Any = build_model(config, make_mesh(jax.devices("cpu")[:1]))
-    model = model.clone(fixed_point=deq.fixed_point)
-    images = jax.ShapeDtypeStruct((batch, size, size, config.data.colors), jnp.float32)
+    mesh = make_mesh(jax.devices("cpu")[:1])
+    task = experiment.build_task(config, mesh, None)
+    step, state = dry_run.step_and_state(config, task, mesh)
+    batch = dry_run.batch(config, task, mesh)
+    flops = _flops(step.lower(state, batch))
     key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
-
-    def solve(variables: Any, images: jax.Array, key: jax.Array) -> Any:
-        streams = {"dropout": key}
-        return model.apply(variables, images, train=True, mutable=["batch_stats"], rngs=streams)[0]
-
-    def init(key: jax.Array, images: jax.Array) -> Any:
-        return model.init(key, images, train=False, max_steps=0)
-
-    variables = jax.eval_shape(init, key, images)
+    operands = (state.params, state.extra, state.carry, batch, key)
+    if not has_solver(task.model):
+        return Equation(jnp.zeros, (), None, (), flops)
+    task = dataclasses.replace(task, model=task.model.clone(fixed_point=deq.fixed_point))
     parts: dict[str, Any] = {}
 
-    def equation(*operands: Any) -> Any:
-        f, *found = solve(*operands)[1].at
-        parts["f"] = f
-        return found
+    def solve(params: Any, extra: Any, carry: Any, batch: Any, key: Any) -> Any:
+        steps = config.solver.max_steps
+        found: Any = forward(
+            task, config, params, extra, carry, batch, key=key, train=True, max_steps=steps
+        )
+        parts["f"], *inside = found.solution.at
+        return found.solution.value, inside
 
-    operands = jax.eval_shape(equation, variables, images, key)
+    _, inside = jax.eval_shape(solve, *operands)
+    return Equation(lambda *a: solve(*a)[0], operands, parts["f"], tuple(inside), flops)
+
+
+def _flops(lowered: Any) -> float:
+    """Operations of a program as it was written: XLA counts none inside a GPU's libraries."""
+    return lowered.cost_analysis()["flops"]
+
+
+def _mdeq() -> tuple[dict[str, tuple[Any, Any]], int, str]:
+    """The preset `MDEQ` in training and its f alone, bytes of a history, and a state's shape."""
+    experiment, config = _found(MDEQ)
+    found = _equation(experiment, config)
+    state = jax.tree.leaves(found.inside[1])
+    batch = state[0].shape[0]
+    shortest = _history_bytes(config.solver.build(), max(a.size for a in state))
     cases = {
-        "MDEQ LARGE": (solve, (variables, images, key)),
-        "its f alone": (lambda *inside: parts["f"](*inside), tuple(operands)),
+        "MDEQ LARGE": (found.solve, found.operands),
+        "its f alone": (found.f, found.inside),
     }
-    state = jax.tree.leaves(operands[1])
-    floats = sum(a.size for a in state) // batch
-    shortest = _history_bytes(model.solver, max(a.size for a in state))
-    return cases, shortest, f"{batch}, {floats:,}"
+    return cases, shortest, f"{batch}, {sum(a.size for a in state) // batch:,}"
+
+
+def _step(target: Target, name: str, per_device: int | None) -> tuple[str, dict]:
+    """The text of a preset's training step, and its row."""
+    from deq_jax.training.parallel import make_mesh
+    from experiments.common import dry_run
+
+    experiment, config = _found(name)
+    mesh = make_mesh(target.devices)
+
+    def of_batch(size: int) -> Any:
+        return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
+
+    config = of_batch((per_device or 0) * mesh.size or config.train.batch_size)
+    program, _, seconds = dry_run.compile_step(
+        config, experiment.build_task(config, mesh, None), mesh
+    )
+    text, memory = program.as_text() or "", program.memory_analysis()
+    inside = [c for c in collectives(text) if c.place in LOOPS]
+    once = [c for c in collectives(text, every_branch=False) if c.place not in LOOPS]
+    row = {
+        "case": name,
+        "examples": config.train.batch_size,
+        "devices": mesh.size,
+        "seconds": seconds,
+        "loops": [body.total for body, _ in loops(text)] if target.is_gpu else None,
+        "collectives_inside": len(inside),
+        "bytes_inside": sum(c.bytes for c in inside),
+        "collectives_once": len(once),
+        "bytes_once": sum(c.bytes for c in once),
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "bytes": traffic(text),
+    }
+    found = _equation(experiment, of_batch(config.train.batch_size // mesh.size))
+    row["flops"] = found.flops
+    least = target.chip.least_seconds
+    row["least_step"] = least(row["flops"], row["bytes"])
+    if (f := found.f) is not None:
+
+        def product(params: Any, z: Any, x: Any, v: Any) -> Any:
+            return jax.vjp(lambda z: f(params, z, x), z)[1](v)
+
+        for key, function, given in (
+            ("f", f, found.inside),
+            ("product", product, (*found.inside, found.inside[1])),
+        ):
+            flops = _flops(jax.jit(function).lower(*given))
+            moved = traffic(_compiled(target, function, *given)[0].as_text() or "")
+            row |= {f"flops_{key}": flops, f"bytes_{key}": moved}
+            row[f"least_{key}"] = least(flops, moved)
+        # The program counts the body of each loop once.  A product comes with an evaluation of f,
+        # which the backward solve does not repeat.
+        row["least_step"] += (config.solver.max_steps - 1) * row["least_f"]
+        backward = max(row["least_product"] - row["least_f"], 0)
+        row["least_step"] += (config.backward.max_steps - 1) * backward
+    return text, row
 
 
 def _row(case: str, state: str, text: str, seconds: float, history: int) -> dict:
@@ -169,19 +257,24 @@ def _row(case: str, state: str, text: str, seconds: float, history: int) -> dict
     return {"case": case, "state": state} | counts | found | {"seconds": seconds}
 
 
-def _measure(options: argparse.Namespace) -> list[dict]:
-    """Compiles and reads all cases, a row for each program."""
-    rows = []
+def _measure(options: argparse.Namespace, target: Target) -> tuple[list[dict], list[dict]]:
+    """Compiles and reads all cases; returns the rows of solves and those of training steps."""
+    solves, steps = [], []
 
-    def add(case: str, state: str, history: int, function: Any, operands: Any) -> None:
-        text, seconds = _compiled(function, *operands)
+    def keep(name: str, text: str) -> None:
         if options.texts:
             options.texts.mkdir(parents=True, exist_ok=True)
-            (options.texts / f"{case} {state}.txt".replace(" ", "_")).write_text(text)
-        rows.append(_row(case, state, text, seconds, history))
-        print(f"{case} [{state}]: {rows[-1]['kernels']} kernels", file=sys.stderr, flush=True)
+            (options.texts / f"{name}.txt".replace(" ", "_")).write_text(text)
+        print(f"compiled: {name}", file=sys.stderr, flush=True)
 
-    _compiled(jnp.tanh, jax.ShapeDtypeStruct((8,), jnp.float32))  # loads what the first one loads
+    def add(case: str, state: str, history: int, function: Any, operands: Any) -> None:
+        program, seconds = _compiled(target, function, *operands)
+        text = program.as_text() or ""
+        solves.append(_row(case, state, text, seconds, history))
+        keep(f"{case} {state}", text)
+
+    # It loads what the first program loads.
+    _compiled(target, jnp.tanh, jax.ShapeDtypeStruct((8,), jnp.float32))
     for shape in SHAPES:
         for name in [name for name in SOLVERS if name in options.cases]:
             history = _history_bytes(SOLVERS[name], shape[0] * shape[1])
@@ -190,31 +283,118 @@ def _measure(options: argparse.Namespace) -> list[dict]:
         cases, history, state = _mdeq()
         for name, (function, operands) in cases.items():
             add(name, state, history, function, operands)
-    return rows
+    for name in [name for name in options.cases if name not in (*SOLVERS, "MDEQ")]:
+        text, row = _step(target, name, options.per_device)
+        steps.append(row)
+        keep(name, text)
+    return solves, steps
+
+
+def tables(solves: list[dict], steps: list[dict]) -> str:
+    """Lays out the results.
+
+    Args:
+        solves: rows of solvers.
+        steps: rows of training steps.
+
+    Returns:
+        Markdown tables of those that there are.
+    """
+    text = []
+    if solves:
+        lines = [
+            [row["case"], f"[{row['state']}]"]
+            + [str(row[key]) for key in COUNTS]
+            + [f"{row['seconds']:.1f}"]
+            for row in solves
+        ]
+        text.append(table(("case", "state", *COUNTS, "compile s"), lines))
+    if steps:
+        names = ("preset", "examples", "devices", "compile s", "kernels of its loops")
+        names += ("messages in loops", "outside", "MiB", "arguments MiB", "temporaries MiB")
+        names += ("of the explicit", "GFLOPs of f", "MB of f", "least ms of f", "of a step")
+        text.append(table(names, [_cells(row, steps) for row in steps]))
+    return "\n".join(text)
+
+
+def _cells(row: dict, rows: list[dict]) -> list[str]:
+    rival = [_held(r) for r in rows if r["case"] == RIVALS.get(row["case"])]
+    alone = "flops_f" not in row
+    return [
+        row["case"],
+        str(row["examples"]),
+        str(row["devices"]),
+        f"{row['seconds']:.0f}",
+        " / ".join(map(str, row["loops"])) if row["loops"] else "-",
+        str(row["collectives_inside"]),
+        str(row["collectives_once"]),
+        f"{row['bytes_once'] / MIB:.1f}",
+        f"{row['arguments'] / MIB:,.0f}",
+        f"{row['temporaries'] / MIB:,.0f}",
+        f"{_held(row) / rival[0]:.2f}" if rival else "-",
+        "-" if alone else f"{row['flops_f'] / 1e9:.2f}",
+        "-" if alone else f"{row['bytes_f'] / 1e6:.1f}",
+        "-" if alone else f"{1e3 * row['least_f']:.3f}",
+        f"{1e3 * row['least_step']:.2f}",
+    ]
+
+
+def _held(row: dict) -> float:
+    return row["arguments"] + row["temporaries"]
+
+
+def draw(path: Path, target: Target, solves: list[dict], steps: list[dict]) -> None:
+    """Draws the kernels of solves, and the memory of training steps.
+
+    Args:
+        path: of the PNG.
+        target: for the title.
+        solves: rows of solvers.
+        steps: rows of training steps.
+    """
+    from experiments.common import reporting
+
+    figure, ((left, right),) = reporting.new_figure(1, 2, (12, 4.5))
+    bottom = [0.0] * len(solves)
+    names = [f"{row['case']}\n[{row['state']}]" for row in solves]
+    for kind in ("fusions", "copies", "calls", "others", "test"):
+        left.bar(names, [row[kind] for row in solves], bottom=bottom, label=kind)
+        bottom = [b + row[kind] for b, row in zip(bottom, solves, strict=True)]
+    left.set(title="Instructions of an iteration", ylabel="kernels on a GPU")
+    left.tick_params(axis="x", labelsize=7)
+    bottom = [0.0] * len(steps)
+    names = [f"{row['case']}\n{row['examples']} examples" for row in steps]
+    for kind in ("arguments", "temporaries"):
+        right.bar(names, [row[kind] / MIB for row in steps], bottom=bottom, label=kind)
+        bottom = [row[kind] / MIB for row in steps]
+    right.set(title="Memory of a training step on a device", ylabel="MiB")
+    right.tick_params(axis="x", labelsize=7)
+    for axis, rows in ((left, solves), (right, steps)):
+        if rows:
+            axis.legend(fontsize=8, frameon=False)
+        else:
+            axis.set_axis_off()
+    figure.suptitle(f"{target.name}: compiled, not run")
+    reporting.save(figure, path)
 
 
 def main() -> None:
     """Compiles everything and writes the results."""
     options = parse()
     jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        _sharding()
-    except Exception as error:  # XLA's own error, of no public type
-        sys.exit(f'no compiler for H100 here: pip install "jax[cuda13]" ({error})')
-    rows = _measure(options)
+    target = targets.find(options.target)
+    solves, steps = _measure(options, target)
+    kind = "jax-cuda13-plugin" if target.is_gpu else "libtpu"
+    name = target.name.replace(":", "-")
     write(
-        options.out / "accelerators.json",
-        ("jax", "jaxlib", "jax-cuda13-plugin", "flax"),
-        device="NVIDIA H100 80GB: compiled, not run",
-        rows=rows,
+        options.out / f"{name}.json",
+        ("jax", "jaxlib", kind, "flax"),
+        device=f"{len(target.devices)} of {target.devices[0].device_kind}: compiled, not run",
+        solves=solves,
+        steps=steps,
     )
-    lines = [
-        [row["case"], f"[{row['state']}]"]
-        + [str(row[key]) for key in COUNTS]
-        + [f"{row['seconds']:.1f}"]
-        for row in rows
-    ]
-    print(table(("case", "state", *COUNTS, "compile s"), lines))
+    draw(options.out / f"{name}.png", target, solves, steps)
+    print(tables(solves, steps))
 
 
 if __name__ == "__main__":

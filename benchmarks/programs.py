@@ -18,7 +18,10 @@ _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permut
 _FREE = "parameter constant tuple get-tuple-element bitcast after-all add-dependency opt-barrier"
 _RUNS = "while conditional call async-start async-done async-update"
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([a-z][\w\-]*)\(")
+_INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) "
+    r"(?P<kind>[a-z][\w\-]*)\((?P<operands>[^)]*)"
+)
 _CALLS = {
     "body": re.compile(r"\bbody=%?([\w.\-]+)"),
     "condition": re.compile(r"\bcondition=%?([\w.\-]+)"),
@@ -91,17 +94,18 @@ def shape_bytes(shape: str) -> int:
     return total
 
 
-def collectives(text: str) -> list[Collective]:
-    """All collectives that a run of a program meets.
+def collectives(text: str, *, every_branch: bool = True) -> list[Collective]:
+    """All collectives of a program, or those that a run meets.
 
     Args:
         text: of a compiled program.
+        every_branch: False: of each conditional only the branch that communicates most.
 
     Returns:
         One for each instruction and each call of the computation that it stands in.
     """
     parts, entry = _computations(text)
-    return list(_walk(parts, entry, "once"))
+    return list(_walk(parts, entry, "once", every_branch))
 
 
 def _computations(text: str) -> tuple[dict[str, str], str]:
@@ -116,14 +120,20 @@ def _computations(text: str) -> tuple[dict[str, str], str]:
     return parts, entry
 
 
-def _walk(parts: dict[str, str], name: str, place: str) -> Iterator[Collective]:
+def _walk(parts: dict[str, str], name: str, place: str, every_branch: bool) -> Iterator[Collective]:
     for shape, kind, line in _instructions(parts[name]):
         if kind in _COLLECTIVES:
             yield Collective(kind, shape_bytes(shape), place)
+        branches = []
         for where, called in _called(line, parts):
             # A branch of a loop still runs with the loop.
             stays = not where or (where == "branch" and place in LOOPS)
-            yield from _walk(parts, called, place if stays else where)
+            found = list(_walk(parts, called, place if stays else where, every_branch))
+            if where == "branch" and not every_branch:
+                branches.append(found)
+            else:
+                yield from found
+        yield from max(branches, key=lambda found: sum(c.bytes for c in found), default=[])
 
 
 def kernels(text: str) -> Kernels:
@@ -137,6 +147,29 @@ def kernels(text: str) -> Kernels:
     """
     parts, entry = _computations(text)
     return _count(parts, entry)
+
+
+def traffic(text: str) -> int:
+    """Bytes that the kernels of a program read and write, as if no cache held any.
+
+    Args:
+        text: of a compiled program.
+
+    Returns:
+        Sizes of operands and results of each kernel; a loop counts as one iteration.
+    """
+    parts, entry = _computations(text)
+    total, queue = 0, [entry]
+    while queue:
+        found = [m for line in parts[queue.pop()].splitlines() if (m := _INSTRUCTION.match(line))]
+        sizes = {m["name"]: shape_bytes(m["shape"]) for m in found}
+        for m in found:
+            if m["kind"] in _RUNS.split():
+                queue += [inner for _, inner in _called(m.string, parts)]
+            elif m["kind"] not in _FREE.split() and not m["kind"].endswith("-done"):
+                operands = re.findall(r"%([\w.\-]+)", m["operands"])
+                total += sizes[m["name"]] + sum(sizes.get(name, 0) for name in operands)
+    return total
 
 
 def loops(text: str) -> list[tuple[Kernels, Kernels]]:
@@ -172,7 +205,7 @@ def _outer_loops(parts: dict[str, str], name: str) -> Iterator[tuple[str, str]]:
 def _instructions(part: str) -> Iterator[tuple[str, str, str]]:
     for line in part.splitlines():
         if found := _INSTRUCTION.match(line):
-            yield found[1], found[2], line
+            yield found["shape"], found["kind"], line
 
 
 def _called(line: str, parts: dict[str, str]) -> list[tuple[str, str]]:

@@ -8,7 +8,6 @@ rules are compiled in one process and timed in turns.  Writes rules.json and pri
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import math
@@ -88,6 +87,7 @@ def _measure(request: dict) -> dict[str, dict]:
     import jax
 
     jax.config.update("jax_num_cpu_devices", 2)
+    from deq_jax.training import fields
     from deq_jax.training.optim import make_optimizer
     from deq_jax.training.parallel import make_mesh, place
     from deq_jax.training.state import create_state
@@ -99,7 +99,7 @@ def _measure(request: dict) -> dict[str, dict]:
     mesh = make_mesh()
     runs, memory = [], {}
     for rule in request["rules"]:
-        config = _with_flags(PRESETS["digits"], RULES[rule] | {"jac.prob": 1.0})
+        config = fields.replace(PRESETS["digits"], RULES[rule] | {"jac.prob": 1.0})
         task = build_task(config, mesh)
         optimizer = make_optimizer(config.optim, config.train.steps)
         state = create_state(task, optimizer, 0, mesh)
@@ -117,17 +117,6 @@ def _measure(request: dict) -> dict[str, dict]:
     found = timed(runs[0], request["repeats"], seconds=120.0, beside=runs[1:])
     times = [found["ms"], *found.get("beside_ms", [])]
     return {r: {"ms": ms, "mib": memory[r]} for r, ms in zip(memory, times, strict=True)}
-
-
-def _with_flags(config: Any, values: dict[str, Any]) -> Any:
-    parts: dict[str, dict[str, Any]] = {}
-    for flag, value in values.items():
-        part, name = flag.split(".")
-        parts.setdefault(part, {})[name] = value
-    changed = {
-        part: dataclasses.replace(getattr(config, part), **own) for part, own in parts.items()
-    }
-    return dataclasses.replace(config, **changed)
 
 
 def tables(runs: list[dict], steps: dict[str, dict]) -> str:

@@ -28,13 +28,19 @@ _AHEAD = 8
 """Batches that the host may be ahead of the devices."""
 
 
-def make_eval_step(task: Task, config: Config, mesh: Mesh) -> EvalStep:
+def make_eval_step(
+    task: Task,
+    config: Config,
+    mesh: Mesh,
+    measure: Callable[[Pass, Batch], dict[str, Mean]] = forward_metrics,
+) -> EvalStep:
     """Builds the compiled evaluation of one batch.
 
     Args:
       task: model and loss.
       config: the solver of evaluation is read.
       mesh: the state is replicated over it, batches are split over it.
+      measure: what is measured of a forward pass.
 
     Returns:
       A jitted `EvalStep`; max_steps is traced, so that all budgets share one compilation.
@@ -42,7 +48,15 @@ def make_eval_step(task: Task, config: Config, mesh: Mesh) -> EvalStep:
     Example:
       >>> sums, carry = make_eval_step(task, config, mesh)(state, batch, 12)  # doctest: +SKIP
     """
-    return _compile(task, config, forward_metrics, mesh)
+
+    def step(state: TrainState, batch: Batch, max_steps: jax.Array) -> Any:
+        found = forward(
+            task, config, state.params, state.extra, state.carry, batch, max_steps=max_steps
+        )
+        return measure(found, batch), found.carry
+
+    # All that goes in has a place already.
+    return jax.jit(step, out_shardings=(replicated(mesh), batch_sharding(mesh)))
 
 
 def make_diagnostic_step(task: Task, config: Config, mesh: Mesh) -> EvalStep:
@@ -73,7 +87,7 @@ def make_diagnostic_step(task: Task, config: Config, mesh: Mesh) -> EvalStep:
             "penalty": _finite_mean(penalty_per_sample(*at, key=penalty_key), mask),
         }
 
-    return _compile(task, config, measure, mesh)
+    return make_eval_step(task, config, mesh, measure)
 
 
 class Evaluator:
@@ -189,18 +203,3 @@ def _finite_mean(values: jax.Array, mask: jax.Array) -> Mean:
     """Mean over the real examples whose value is finite; where() because 0 * inf is nan."""
     mask = jnp.where(jnp.isfinite(values), mask, 0)
     return Mean(jnp.where(mask > 0, values * mask, 0).sum(), mask.sum())
-
-
-def _compile(
-    task: Task, config: Config, measure: Callable[[Pass, Batch], dict[str, Mean]], mesh: Mesh
-) -> EvalStep:
-    """A forward pass and what is measured of it."""
-
-    def step(state: TrainState, batch: Batch, max_steps: jax.Array) -> Any:
-        found = forward(
-            task, config, state.params, state.extra, state.carry, batch, max_steps=max_steps
-        )
-        return measure(found, batch), found.carry
-
-    # All that goes in has a place already.
-    return jax.jit(step, out_shardings=(replicated(mesh), batch_sharding(mesh)))

@@ -235,7 +235,7 @@ _CARRY = dataclasses.replace(
     workdir="runs/carry",
     arms=("fixed", "fixed_recall", "random", "random_recall", "deq", "deq_unroll"),
     model=ModelConfig(features=32, heads=4, hidden=64, window=3),
-    data=DataConfig(name="carry", size=16),
+    data=DataConfig(name="carry", size=16, test_examples=250),
     optim=dataclasses.replace(_ADDITION.optim, lr=3e-3, end_lr=6e-5),
     train=dataclasses.replace(_ADDITION.train, steps=1000, batch_size=64, checkpoint_every=1000),
 )

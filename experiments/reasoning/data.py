@@ -221,15 +221,14 @@ def test_sets(config: DataConfig) -> dict[str, Puzzles]:
       The sets, which no training draws from.
     """
     count, seed = config.test_examples, config.seed + 1
+    first = _draw(config, count, seed, test=True)
     match config.name:
         case "addition":
-            draw = partial(addition, count=count, seed=seed, test=True, masked=config.masked)
-            return {f"{config.size} digits": draw(config.size)}
+            return {f"{config.size} digits": first}
         case "carry":
-            short = carry(config.size, count, seed)
             long = carry(config.test_size, count, seed, passing=config.passing)
-            return {f"{config.size} bits": short, f"{config.test_size} bits": long}
-    return {"sudoku": sudoku4(count, seed, test=True)}
+            return {f"{config.size} bits": first, f"{config.test_size} bits": long}
+    return {"sudoku": first}
 
 
 def training_set(config: DataConfig) -> Puzzles:
@@ -241,13 +240,16 @@ def training_set(config: DataConfig) -> Puzzles:
     Returns:
       The puzzles.
     """
+    return _draw(config, config.examples, config.seed, test=False)
+
+
+def _draw(config: DataConfig, count: int, seed: int, *, test: bool) -> Puzzles:
     match config.name:
         case "addition":
-            draw = partial(addition, seed=config.seed, test=False, masked=config.masked)
-            return draw(config.size, config.examples)
+            return addition(config.size, count, seed, test=test, masked=config.masked)
         case "carry":
-            return carry(config.size, config.examples, config.seed)
-    return sudoku4(config.examples, config.seed, test=False)
+            return carry(config.size, count, seed)
+    return sudoku4(count, seed, test=test)
 
 
 def batches(config: ReasoningConfig, puzzles: Puzzles) -> Any:
