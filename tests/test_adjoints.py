@@ -215,19 +215,20 @@ def test_every_rule_on_every_problem(x64, which):
         "forward": (deq.Implicit(TIGHT, forward=True), TIGHT),
         "shine": (deq.Shine(TIGHT), TIGHT),
     }
-    if which not in ("rotation", "nonnormal"):
-        # There these end early by luck: what they return is no solution of neighbouring equations.
+    if which in ("affine-0.5", "kinsol"):
+        # On rotation and nonnormal these end early by luck: what they return is no solution of
+        # neighbouring equations.
         rules |= {
             "backprop, Broyden": (deq.Backprop(segments=10), TIGHT),
             "backprop, Anderson": (deq.Backprop(segments=10), anderson),
         }
-    if problem.kind == "contraction":
+    if which in ("affine-0.5", "nonnormal"):  # contractions
         rules |= {
             "neumann": (deq.Implicit(long, keep="last"), TIGHT),
             "unroll": (deq.Unroll(400), TIGHT),
         }
-        if which != "nonnormal":
-            rules["backprop, Picard"] = (deq.Backprop(segments=20), long)
+    if which == "affine-0.5":
+        rules["backprop, Picard"] = (deq.Backprop(segments=20), long)
     found = deq.fixed_point(problem.f, problem.params, problem.z0, problem.x, solver=TIGHT).value
 
     def loss(params, rule=None, solver=None):
@@ -284,9 +285,9 @@ def plain_loop(solver, n, keep="last", tol=None):
 @pytest.mark.parametrize(
     "solver",
     [
-        deq.Picard(tol=1e-30, max_steps=9, damping=0.7, stop="abs"),
-        deq.Anderson(tol=1e-30, max_steps=9, memory=3, stop="abs"),
-        deq.Broyden(tol=1e-30, max_steps=9, memory=4, damping=0.8, stop="abs"),
+        deq.Picard(tol=1e-30, max_steps=6, damping=0.7, stop="abs"),
+        deq.Anderson(tol=1e-30, max_steps=6, memory=3, stop="abs"),
+        deq.Broyden(tol=1e-30, max_steps=6, memory=4, damping=0.8, stop="abs"),
     ],
     ids=lambda s: type(s).__name__,
 )
@@ -308,7 +309,7 @@ def test_backprop_is_autodiff_of_the_unrolled_loop(x64, solver, segments, keep):
         return loss_of(sol.value)
 
     traced = jax.jit(jax.grad(ours, (0, 1, 2)))
-    for budget in (9, 5, 1):
+    for budget in (6, 1):
 
         def plain(*a, budget=budget):
             return loss_of(plain_loop(solver, budget, keep)(*a, x))
@@ -316,8 +317,8 @@ def test_backprop_is_autodiff_of_the_unrolled_loop(x64, solver, segments, keep):
         wanted = jax.grad(plain, (0, 1, 2))(params, x["input"], z0)
         close(traced(params, x["input"], z0, budget), wanted, 1e-10, 1e-12)
     close(
-        jax.grad(ours, (0, 1, 2))(params, x["input"], z0, 5),
-        traced(params, x["input"], z0, 5),
+        jax.grad(ours, (0, 1, 2))(params, x["input"], z0, 4),
+        traced(params, x["input"], z0, 4),
         1e-10,
         1e-12,
     )
