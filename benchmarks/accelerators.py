@@ -360,7 +360,7 @@ def draw(path: Path, target: Target, solves: list[dict], steps: list[dict]) -> N
     for kind in ("fusions", "copies", "calls", "others", "test"):
         left.bar(names, [row[kind] for row in solves], bottom=bottom, label=kind)
         bottom = [b + row[kind] for b, row in zip(bottom, solves, strict=True)]
-    left.set(title="Instructions of an iteration", ylabel="kernels on a GPU")
+    left.set(title="One iteration", ylabel="kernels" if target.is_gpu else "instructions")
     left.tick_params(axis="x", labelsize=7)
     bottom = [0.0] * len(steps)
     names = [f"{row['case']}\n{row['examples']} examples" for row in steps]
