@@ -24,113 +24,145 @@ KINDS = {
 
 
 def vocab(kind="tails", **how):
-    wide = jax.nn.initializers.normal(0.5)
-    return AdaptiveEmbedding(vocab=40, features=8, init_weights=wide, **KINDS[kind], **how)
+    return AdaptiveEmbedding(vocab=40, features=8, **KINDS[kind], **how)
 
 
-def drawn(net, seed=0):
-    words = jax.random.randint(jax.random.key(seed), (8, 6), 0, 40)
-    hidden = jax.random.normal(jax.random.key(seed + 1), (8, 6, 8))
-    params = jax.jit(lambda key: net.init(key, words, method="everything"))(jax.random.key(2))
+def drawn(net, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    words, hidden = rng.integers(0, 40, (8, 6)), rng.normal(size=(8, 6, 8)).astype(dtype)
+    init = functools.partial(net.init, method="everything")
+    shapes = jax.eval_shape(init, jax.random.key(0), jnp.asarray(words, jnp.int32))
     # Biases start at zero, where a forgotten one would not show.
-    params = jax.tree.map(lambda a: a + 0.1 * jnp.sin(jnp.arange(a.size)).reshape(a.shape), params)
-    return params, hidden, words
+    params = jax.tree.map(lambda a: 0.5 * rng.normal(size=a.shape).astype(dtype), shapes)
+    return params, hidden, words.astype(np.int32)
+
+
+def log_probs_by_hand(net, params, hidden):
+    """All of them, by the formula, in complex numbers too."""
+    params, out = params["params"], "table" if net.tie_weights else "out_table"
+    table, bias = params[f"{out}0"], params["bias0"]
+
+    def scored(i, table, bias):
+        shared = f"projection{i if net.div_val > 1 else 0}"
+        own = params.get(f"out_projection{i}", params.get(shared))
+        scores = (hidden if own is None else hidden @ own.T) @ table.T + bias
+        return scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
+
+    if len(net.sizes) > 1:
+        table = np.concatenate([table, params["tails"]])
+        bias = np.concatenate([bias, params["tails_bias"]])
+    head = scored(0, table, bias)
+    parts = [head[..., : net.sizes[0]]]
+    for i in range(1, len(net.sizes)):
+        parts.append(scored(i, params[f"{out}{i}"], params[f"bias{i}"]) + head[..., -i][..., None])
+    return np.concatenate(parts, axis=-1)
+
+
+def gradients_by_hand(net, params, hidden, words, weight):
+    """Of the weighted sum of -log p, element by element: f(x + ih) = f(x) + ih f'(x)."""
+    operands = jax.tree.map(lambda a: a.astype(np.complex128), (params, hidden))
+
+    def loss():
+        log_probs = log_probs_by_hand(net, *operands)
+        return -(weight * np.take_along_axis(log_probs, words[..., None], axis=-1)[..., 0]).sum()
+
+    def gradient(leaf):
+        slopes = np.zeros(leaf.shape)
+        for place in np.ndindex(leaf.shape):
+            leaf[place] += 1e-30j
+            slopes[place] = loss().imag / 1e-30
+            leaf[place] -= 1e-30j
+        return slopes
+
+    return jax.tree.map(gradient, operands)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_likelihoods_are_those_of_a_distribution(kind):
-    net = vocab(kind)
-    params, hidden, words = drawn(net)
-    log_probs = jax.jit(lambda p, h: net.apply(p, h, method="log_probs"))(params, hidden)
-    np.testing.assert_allclose(np.exp(log_probs).sum(axis=-1), 1, rtol=1e-5)
-    wanted = -np.take_along_axis(np.asarray(log_probs), np.asarray(words)[..., None], axis=-1)
-    nll = jax.jit(lambda p, h: net.apply(p, h, words, method="nll"))(params, hidden)
-    np.testing.assert_allclose(nll, wanted[..., 0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("kind", "seen"),
-    [*((kind, "all") for kind in KINDS), ("tails", "shortlist"), ("tails", "last tail")],
-)
-def test_gradients_are_those_of_the_whole_matrix(kind, seen, x64):
+def test_likelihoods_and_gradients_are_those_of_the_whole_matrix(kind, x64):
     """Also of texts without a word of some cluster."""
     net = vocab(kind)
-    params, hidden, words = drawn(net)
-    low, high = {"all": (0, 40), "shortlist": (0, 5), "last tail": (12, 40)}[seen]
-    words = low + words % (high - low)
-    weight = jnp.cos(jnp.arange(48.0)).reshape(8, 6)
+    params, hidden, words = drawn(net, np.float64)
+    weight = np.cos(np.arange(48.0)).reshape(8, 6)
 
-    def sparse(params, hidden):
-        return (weight * net.apply(params, hidden, words, method="nll")).sum()
+    @jax.jit
+    def run(params, hidden, words):
+        def loss(params, hidden):
+            nll = net.apply(params, hidden, words, method="nll")
+            return (weight * nll).sum(), nll
 
-    def dense(params, hidden):
-        log_probs = net.apply(params, hidden, method="log_probs")
-        return -(weight * jnp.take_along_axis(log_probs, words[..., None], axis=-1)[..., 0]).sum()
+        (_, nll), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, hidden)
+        return net.apply(params, hidden, method="log_probs"), nll, grads
 
-    ours = jax.jit(jax.value_and_grad(sparse, argnums=(0, 1)))(params, hidden)
-    theirs = jax.jit(jax.value_and_grad(dense, argnums=(0, 1)))(params, hidden)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-10)
+    wanted = log_probs_by_hand(net, params, hidden)
+    for low, high in ((0, 40), (0, 5), (12, 40)):  # all, the shortlist, the last tail
+        seen = low + words % (high - low)
+        log_probs, nll, grads = run(params, hidden, seen)
+        np.testing.assert_allclose(np.exp(log_probs).sum(axis=-1), 1, rtol=1e-5)
+        np.testing.assert_allclose(log_probs, wanted, atol=1e-10)
+        picked = -np.take_along_axis(wanted, seen[..., None], axis=-1)[..., 0]
+        np.testing.assert_allclose(nll, picked, atol=1e-10)
+        exact = gradients_by_hand(net, params, hidden, seen, weight)
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(exact), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("start", "stop", "chunk"), [(0, 50, 7), (3, 20, 4), (10, 10, 8), (0, 50, 64)]
-)
-def test_chunks_are_the_whole(start, stop, chunk, x64):
+def linear_by_hand(hidden, table, bias, labels, weight=1.0):
+    """Likelihoods, and gradients of their weighted sum."""
+    hidden, table, bias = (np.asarray(a).astype(np.float64) for a in (hidden, table, bias))
+    shares = np.exp(hidden @ table.T + bias)
+    shares /= shares.sum(axis=1, keepdims=True)
+    hit = np.clip(labels, 0, None)[:, None] == np.arange(len(table))
+    scores = (shares - hit) * np.broadcast_to(weight, len(hidden))[:, None]
+    return -np.log(shares[hit]), (scores @ table, scores.T @ hidden, scores.sum(axis=0))
+
+
+@functools.partial(jax.jit, static_argnames="chunk")
+def linear(hidden, table, bias, labels, weight, *ends, chunk):
+    def loss(*operands):
+        nll = linear_nll(*operands, labels, *ends, chunk=chunk)
+        return (weight * nll).sum(), nll
+
+    (_, nll), grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(hidden, table, bias)
+    return nll, grads
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_chunks_are_the_whole(chunk, x64):
     rng = np.random.default_rng(0)
-    hidden, table = jnp.asarray(rng.normal(size=(50, 6))), jnp.asarray(rng.normal(size=(30, 6)))
-    bias, labels = jnp.asarray(rng.normal(size=30)), jnp.asarray(rng.integers(0, 30, 50))
-    labels = jnp.where((jnp.arange(50) >= start) & (jnp.arange(50) < stop), labels, -9)
-    weight = jnp.asarray(rng.normal(size=50))
-
-    def chunked(hidden, table, bias):
-        ends = jnp.int32(start), jnp.int32(stop)
-        return (weight * linear_nll(hidden, table, bias, labels, *ends, chunk=chunk)).sum()
-
-    def plain(hidden, table, bias):
-        log_probs = jax.nn.log_softmax(hidden @ table.T + bias[None])[start:stop]
-        picked = jnp.take_along_axis(log_probs, labels[start:stop, None], axis=1)[:, 0]
-        return -(weight[start:stop] * picked).sum()
-
-    operands = hidden, table, bias
-    ours = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1, 2)))(*operands)
-    theirs = jax.value_and_grad(plain, argnums=(0, 1, 2))(*operands)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-11)
+    operands = rng.normal(size=(50, 6)), rng.normal(size=(30, 6)), rng.normal(size=30)
+    labels, weight, row = rng.integers(0, 30, 50), rng.normal(size=50), np.arange(50)
+    for start, stop in ((0, 50), (3, 20), (10, 10)):
+        inside = (row >= start) & (row < stop)
+        given, ends = np.where(inside, labels, -9), (np.int32(start), np.int32(stop))
+        nll, grads = linear(*operands, given, weight, *ends, chunk=chunk)
+        wanted, exact = linear_by_hand(*operands, given, weight * inside)
+        np.testing.assert_allclose(nll, np.where(inside, wanted, 0), atol=1e-11)
+        for a, b in zip(grads, exact, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-11)
 
 
 def test_bfloat16_is_summed_in_float32():
     rng = np.random.default_rng(0)
-    hidden, table = (jnp.asarray(rng.normal(size=(20, 64)), jnp.bfloat16) for _ in range(2))
-    bias, labels = jnp.zeros(20, jnp.bfloat16), jnp.arange(20)
-
-    def loss(hidden, table):
-        return linear_nll(hidden, table, bias, labels, chunk=8).sum()
-
-    nll = linear_nll(hidden, table, bias, labels, chunk=8)
-    exact = hidden.astype(jnp.float32), table.astype(jnp.float32)
-    wanted = linear_nll(*exact, jnp.zeros(20), labels)
+    operands = [jnp.asarray(rng.normal(size=(20, 64)), jnp.bfloat16) for _ in range(2)]
+    operands += [jnp.zeros(20, jnp.bfloat16), jnp.arange(20)]
+    nll, grads = linear(*operands, 1.0, chunk=8)
     assert nll.dtype == jnp.float32
-    np.testing.assert_allclose(nll, wanted, rtol=1e-5)
-    assert [g.dtype for g in jax.grad(loss, argnums=(0, 1))(hidden, table)] == [jnp.bfloat16] * 2
+    np.testing.assert_allclose(nll, linear_by_hand(*operands)[0], rtol=1e-5)
+    assert [g.dtype for g in grads] == [jnp.bfloat16] * 3
 
 
-@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32")])
-@pytest.mark.parametrize("chunk", [8, 64])
+@pytest.mark.parametrize(
+    ("dtypes", "chunk"),
+    [(("float32", "bfloat16"), 8), (("bfloat16", "float32"), 8), (("bfloat16", "float32"), 64)],
+)
 def test_hidden_and_table_may_have_different_dtypes(dtypes, chunk):
     rng = np.random.default_rng(0)
     hidden, table = (jnp.asarray(rng.normal(size=(20, 8)), dtype) for dtype in dtypes)
-    bias, labels = jnp.zeros(20, table.dtype), jnp.arange(20)
-
-    def gradients(*operands):
-        nll = lambda *operands: linear_nll(*operands, labels, chunk=chunk).sum()  # noqa: E731
-        return jax.jit(jax.value_and_grad(nll, argnums=(0, 1, 2)))(*operands)
-
-    value, grads = gradients(hidden, table, bias)
-    wide = jax.tree.map(lambda a: a.astype(jnp.float32), (hidden, table, bias))
-    wanted, exact = gradients(*wide)
-    assert float(value) == pytest.approx(float(wanted), rel=1e-5)
-    for got, near, operand in zip(grads, exact, (hidden, table, bias), strict=True):
+    operands = hidden, table, jnp.zeros(20, table.dtype)
+    nll, grads = linear(*operands, jnp.arange(20), 1.0, chunk=chunk)
+    wanted, exact = linear_by_hand(*operands, np.arange(20))
+    assert float(nll.sum()) == pytest.approx(wanted.sum(), rel=1e-5)
+    for got, near, operand in zip(grads, exact, operands, strict=True):
         assert got.dtype == operand.dtype
         np.testing.assert_allclose(got.astype(jnp.float32), near, rtol=0.01, atol=0.01)
 
@@ -165,21 +197,22 @@ def test_no_matrix_of_positions_by_tail_words(monkeypatch):
 def test_each_device_sorts_its_own_words():
     """Same numbers on eight devices, and nothing gathered for the sorting."""
     mesh = make_mesh()
-    alone, split = vocab(), vocab(per_device=sharded_map(mesh))
-    params, hidden, words = drawn(alone)
+    net = vocab(per_device=sharded_map(mesh))
+    params, hidden, words = drawn(net)
 
-    def loss(net, params, hidden, words):
+    def loss(params, hidden, words):
         return net.apply(params, hidden, words, method="nll").mean()
 
-    wanted = jax.value_and_grad(functools.partial(loss, alone), argnums=(0, 1))(
-        params, hidden, words
-    )
-    step = jax.jit(jax.value_and_grad(functools.partial(loss, split), argnums=(0, 1)))
     placed = [jax.device_put(a, batch_sharding(mesh)) for a in (hidden, words)]
-    ours = step(params, *placed)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, *placed).compile()
+    value, grads = step(params, *placed)
+    log_probs = log_probs_by_hand(net, params, hidden)
+    wanted = -np.take_along_axis(log_probs, words[..., None], axis=-1).mean()
+    np.testing.assert_allclose(value, wanted, atol=1e-5)
+    exact = gradients_by_hand(net, params, hidden, words, 1 / words.size)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(exact), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    text = step.lower(params, *placed).compile().as_text()
+    text = step.as_text()
     assert "all-gather" not in text and "all-to-all" not in text
 
 

@@ -17,13 +17,12 @@ SOLVERS = [
     deq.Picard(max_steps=300),
     deq.Picard(max_steps=300, damping=0.7),
     deq.Anderson(max_steps=150),
-    deq.Anderson(max_steps=150, memory=8, damping=0.8),
+    deq.Anderson(max_steps=150, memory=9, damping=0.8),  # solves its small systems in a loop
     deq.Broyden(max_steps=150),
     deq.Broyden(max_steps=150, memory=4),
 ]
 PLAIN = SOLVERS[::2]
 TOL = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2}
-SOLVABLE = [p.name for p in testing.all_problems() if p.kind == "contraction"]
 
 
 def name(solver) -> str:
@@ -40,47 +39,55 @@ def run(solver, problem, **options):
     )
 
 
-def problem_named(which: str, dtype):
-    return next(p for p in testing.all_problems(dtype=dtype) if p.name == which)
+def side_by_side(problems):
+    """One problem whose samples are those of several, padded with zeros; and the parts of a value.
+
+    Samples are solved one by one, and one program solves all of them.
+    """
+    shapes = [p.z0.shape for p in problems]
+    width, ends = max(n for _, n in shapes), np.cumsum([rows for rows, _ in shapes])
+
+    def pad(a):
+        return jnp.pad(a, ((0, 0), (0, width - a.shape[1])))
+
+    def parts(z):
+        return [z[e - rows : e, :n] for e, (rows, n) in zip(ends, shapes, strict=True)]
+
+    def f(params, z, x):
+        images = [p.f(q, a, p.x) for p, q, a in zip(problems, params, parts(z), strict=True)]
+        return jnp.concatenate(list(map(pad, images)))
+
+    z0 = jnp.concatenate([pad(p.z0) for p in problems])
+    params = [p.params for p in problems]
+    whole = dataclasses.replace(problems[0], f=f, params=params, z0=z0, x=jnp.zeros(()))
+    return whole, parts
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=name)
-@pytest.mark.parametrize("which", SOLVABLE)
-def test_known_answers(x64, which, solver):
-    problem = problem_named(which, jnp.float64)
-    solver = with_tol(solver, "float64", "abs" if which == "chandrasekhar" else "rel")
-    sol = run(solver, problem)
-    assert sol.stats.converged.all()
-    scale = 1 + max(abs(x).max() for x in jax.tree.leaves(sol.value))
-    assert problem.error(sol.value).max() <= 3 * problem.condition * scale * solver.tol
-
-
-@pytest.mark.parametrize("solver", PLAIN, ids=name)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dtype_is_kept_and_statistics_are_float32(dtype, solver):
-    problem = testing.affine(dtype=jnp.dtype(dtype))
-    sol = run(with_tol(solver, dtype), problem)
-    assert sol.value.dtype == dtype and sol.value.shape == problem.z0.shape
-    assert sol.stats.residual.dtype == sol.stats.trace.dtype == jnp.float32
-    assert sol.stats.num_steps.dtype == jnp.int32 and sol.stats.converged.dtype == bool
-    assert sol.stats.converged.all()
+def test_known_answers(x64, solver):
+    """The residual is absolute for a problem of whose solution only the mean is known."""
+    problems = testing.all_problems(dtype=jnp.float64)
+    problems = [p for p in problems if p.kind == "contraction"]
+    *arrays, tree = sorted(problems, key=lambda p: p.name == "multiscale")
+    assert len(arrays) == 7 and tree.name == "multiscale"
+    whole, parts = side_by_side(arrays)
+    first = run(with_tol(solver, "float64", "abs"), whole)
+    second = run(with_tol(solver, "float64", "rel"), tree)
+    assert first.stats.converged.all() and second.stats.converged.all()
+    for problem, value in zip([*arrays, tree], [*parts(first.value), second.value], strict=True):
+        scale = 1 + max(abs(x).max() for x in jax.tree.leaves(value))
+        assert problem.error(value).max() <= 3 * problem.condition * scale * TOL["float64"]
 
 
 def test_acceleration_solves_what_picard_cannot():
-    for problem in (testing.rotation(), testing.logistic(rate=3.3)):
-        picard = run(deq.Picard(tol=1e-5, max_steps=200), problem)
-        assert not picard.stats.converged.any()
-        for solver in (deq.Anderson(tol=1e-5, max_steps=40), deq.Broyden(tol=1e-5, max_steps=40)):
-            sol = run(solver, problem)
-            assert sol.stats.converged.all(), (problem.name, solver)
-            assert problem.error(sol.value).max() < 1e-3
-
-
-@pytest.mark.parametrize("solver", SOLVERS, ids=name)
-def test_no_fixed_point_is_reported(solver):
-    sol = run(with_tol(solver, "float32"), testing.no_fixed_point())
-    assert not sol.stats.converged.any()
-    assert jnp.isfinite(sol.value).all() and jnp.isfinite(sol.stats.residual).all()
+    problems = testing.rotation(), testing.logistic(rate=3.3)
+    whole, parts = side_by_side(problems)
+    assert not run(deq.Picard(tol=1e-5, max_steps=200), whole).stats.converged.any()
+    for solver in (deq.Anderson(tol=1e-5, max_steps=40), deq.Broyden(tol=1e-5, max_steps=40)):
+        sol = run(solver, whole)
+        assert sol.stats.converged.all(), solver
+        for problem, value in zip(problems, parts(sol.value), strict=True):
+            assert problem.error(value).max() < 1e-3, (problem.name, solver)
 
 
 def test_a_length_that_overflows_is_not_convergence():
@@ -91,14 +98,16 @@ def test_a_length_that_overflows_is_not_convergence():
     np.testing.assert_array_equal(sol.value, z0)
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=name)
-@pytest.mark.parametrize("stop", ["rel", "abs"])
+@pytest.mark.parametrize(
+    ("stop", "solver"), [*(("rel", solver) for solver in SOLVERS), ("abs", SOLVERS[4])], ids=str
+)
 def test_residual_is_that_of_the_value_returned(x64, stop, solver):
     problem = testing.affine(radius=0.9, dtype=jnp.float64)
     sol = run(dataclasses.replace(solver, tol=1e-4, max_steps=8, stop=stop), problem)
-    image = problem.f(problem.params, sol.value, problem.x)
-    gap = jnp.linalg.norm(image - sol.value, axis=1)
-    expected = gap / jnp.linalg.norm(image, axis=1) if stop == "rel" else gap
+    value, w, b, x = map(np.asarray, (sol.value, *problem.params.values(), problem.x))
+    image = value @ w + b + x
+    gap = np.linalg.norm(image - value, axis=1)
+    expected = gap / np.linalg.norm(image, axis=1) if stop == "rel" else gap
     np.testing.assert_allclose(sol.stats.residual, expected, rtol=1e-6)
     np.testing.assert_array_equal(sol.stats.converged, sol.stats.residual <= 1e-4)
     np.testing.assert_array_equal(sol.stats.residual, sol.stats.trace.min(axis=0))
@@ -116,29 +125,17 @@ def test_steps_are_the_calls_of_f_and_the_trace_ends_there(solver):
     sol = deq.solve(dataclasses.replace(solver, tol=1e-5), f, problem.z0)
     jax.effects_barrier()
     assert len(calls) == sol.stats.num_steps.max()
-    for sample, steps in enumerate(np.asarray(sol.stats.num_steps)):
-        assert np.isfinite(sol.stats.trace[:steps, sample]).all()
-        assert np.isinf(sol.stats.trace[steps:, sample]).all()
+    for steps, trace in zip(sol.stats.num_steps, np.asarray(sol.stats.trace).T, strict=True):
+        assert np.isfinite(trace[:steps]).all() and np.isinf(trace[steps:]).all()
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=name)
+@pytest.mark.parametrize("solver", SOLVERS[1::2], ids=name)
 def test_a_sample_does_not_depend_on_its_batch(solver):
+    """Nor on its place in it, nor on its being alone; for the other solvers see test_testing.py."""
     testing.assert_batch_independent(with_tol(solver, "float32"), testing.affine(batch=5))
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=name)
-def test_permuting_the_batch_permutes_the_answer(solver):
-    problem = testing.affine(batch=6)
-    order = jnp.array([3, 0, 5, 1, 4, 2])
-    solver = with_tol(solver, "float32")
-    straight = run(solver, problem)
-    mixed = run(solver, dataclasses.replace(problem, x=problem.x[order], z0=problem.z0[order]))
-    # Not bit for bit: a library may sum a row in an order that depends on its address.
-    np.testing.assert_allclose(straight.value[order], mixed.value, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(straight.stats.num_steps[order], mixed.stats.num_steps, atol=1)
-
-
-@pytest.mark.parametrize("solver", SOLVERS, ids=name)
+@pytest.mark.parametrize("solver", PLAIN, ids=name)
 def test_nan_in_one_sample_leaves_the_others_bit_identical(solver):
     problem = testing.affine(batch=4)
     solver = with_tol(solver, "float32")
@@ -176,13 +173,15 @@ def test_max_steps_may_be_traced_and_costs_one_compilation(x64):
         stats = go(jnp.int32(budget))
         assert (stats.num_steps == min(budget, 12)).all()
         assert np.isinf(stats.trace[min(budget, 12) :]).all()
-        static = run(solver, problem, max_steps=min(budget, 12)).stats
-        np.testing.assert_allclose(static.residual, stats.residual, rtol=1e-3)
+        if budget in (0, 5):
+            static = run(solver, problem, max_steps=budget).stats
+            np.testing.assert_allclose(static.residual, stats.residual, rtol=1e-3)
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("keep", ["best", "last"])
-@pytest.mark.parametrize("solver", PLAIN, ids=name)
+@pytest.mark.parametrize(
+    ("solver", "keep"), list(zip(PLAIN, ("last", "best", "last"), strict=True)), ids=str
+)
 def test_every_sample_may_have_a_budget_of_its_own(x64, solver, keep):
     """It is then solved as it would be alone with that budget, whatever its batch mates do."""
     problem = testing.affine(radius=0.5, dtype=jnp.float64)
@@ -201,7 +200,7 @@ def test_every_sample_may_have_a_budget_of_its_own(x64, solver, keep):
             strict=True,
         ):
             np.testing.assert_allclose(own[i], wanted[i], rtol=1e-9)
-        scalar = run(solver, problem, keep=keep, max_steps=int(budget))
+        scalar = solve(jnp.int32(budget))
         np.testing.assert_allclose(sol.value[i], scalar.value[i], rtol=1e-9)
         assert sol.stats.num_steps[i] == scalar.stats.num_steps[i]
 
@@ -270,7 +269,7 @@ def test_anderson_weights_minimise_the_combined_residual(x64, memory):
     rows = rng.standard_normal((2, memory, 9)) * 10.0 ** rng.integers(-3, 3, (2, memory, 1))
     gram = jnp.asarray(np.einsum("bmd,bnd->bmn", rows, rows))
     solver = deq.Anderson(memory=memory, ridge=0.0)
-    a = np.asarray(solver.weights(gram, jnp.ones(memory, bool)))
+    a = np.asarray(jax.jit(solver.weights)(gram, jnp.ones(memory, bool)))
     np.testing.assert_allclose(a.sum(1), 1, rtol=1e-12)
     for weights, residuals in zip(a, rows, strict=True):
         # Eliminate the constraint and solve the least-squares problem by QR.
@@ -453,14 +452,13 @@ def test_the_gradient_and_the_probe_of_one_sample_without_a_batch_axis(x64):
         options = {"solver": solver, "batched": False, "probe": probe}
         return jnp.sum(deq.fixed_point(tutorial, w, z0, x, **options).value ** 3)
 
-    def unrolled(w):
-        z = jnp.zeros(6)
-        for _ in range(80):
-            z = tutorial(w, z, x)
-        return jnp.sum(z**3)
-
+    z = np.zeros(6)
+    for _ in range(100):
+        z = np.tanh(w @ z + x)
+    slope = np.diag(1 - z**2)
+    wanted = np.outer(slope @ np.linalg.solve(np.eye(6) - (slope @ w).T, 3 * z**2), z)
     ours, stats = jax.grad(loss, argnums=(0, 1))(w, deq.backward_probe(x, batched=False))
-    np.testing.assert_allclose(ours, jax.grad(unrolled)(w), rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(ours, wanted, rtol=1e-8, atol=1e-10)
     assert stats.converged == 1 and stats.num_steps > 1
 
 
@@ -476,21 +474,28 @@ RUNAWAYS = {
     "pre-norm block": lambda w, z, x: z + 0.1 * jnp.tanh(z @ w) + x,
     "growing gap": lambda w, z, x: z + jnp.sqrt(1 + jnp.abs(z)),
     "quadratic": lambda w, z, x: z + 1 + z**2,
+    "no fixed point": lambda w, z, x: 2 * jnp.sqrt(1 + z**2),
 }
 
 
-@pytest.mark.parametrize("which", RUNAWAYS)
-@pytest.mark.parametrize("stop", ["rel", "abs"])
-@pytest.mark.parametrize("solver", SOLVERS, ids=name)
-def test_a_runaway_is_not_convergence(which, stop, solver):
+@pytest.mark.parametrize(
+    ("stop", "solver"),
+    [*(("rel", solver) for solver in SOLVERS), *(("abs", solver) for solver in PLAIN)],
+    ids=str,
+)
+def test_a_runaway_is_not_convergence(stop, solver):
     """W2: norm(f(z) - z) / norm(f(z)) is small wherever z is long."""
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.normal(keys[0], (2, 16))
     w = jax.random.normal(keys[1], (16, 16)) / 4
     solver = dataclasses.replace(solver, tol=1e-3, max_steps=60, stop=stop)
-    sol = deq.fixed_point(RUNAWAYS[which], w, 0 * x, x, solver=solver)
+
+    def f(w, z, x):  # one program for all of them
+        return jnp.concatenate([g(w, z[2 * i :][:2], x) for i, g in enumerate(RUNAWAYS.values())])
+
+    sol = deq.fixed_point(f, w, jnp.zeros((2 * len(RUNAWAYS), 16)), x, solver=solver)
     assert not sol.stats.converged.any()
-    assert jnp.isfinite(sol.value).all()
+    assert jnp.isfinite(sol.value).all() and jnp.isfinite(sol.stats.residual).all()
 
 
 def test_a_long_solution_of_a_short_start_still_converges():
@@ -503,11 +508,11 @@ def test_a_long_solution_of_a_short_start_still_converges():
         assert sol.stats.converged.all()
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1e-10, 1e-12, 1e-15])
 @pytest.mark.parametrize("solver", PLAIN, ids=name)
-def test_a_small_state_is_solved_to_the_same_relative_accuracy(scale, solver):
+def test_a_small_state_is_solved_to_the_same_relative_accuracy(solver):
     """W4: an absolute floor in the residual made z0 = 0 the answer at 1e-12."""
-    x = scale * jnp.linspace(1, 2, 8).reshape(2, 4)
+    scales = np.repeat(np.float32([1e-6, 1e-10, 1e-12, 1e-15]), 2)[:, None]
+    x = jnp.asarray(scales * np.tile(np.linspace(1, 2, 8, dtype=np.float32).reshape(2, 4), (4, 1)))
     sol = deq.solve(with_tol(solver, "float32"), lambda z: 0.5 * z + x, 0 * x)
     np.testing.assert_allclose(sol.value, 2 * x, rtol=1e-4)
     assert sol.stats.converged.all()
@@ -549,7 +554,7 @@ def test_leaves_keep_their_dtypes_and_the_residual_is_that_of_the_value(solver):
     """B6: a promoted state was rounded on its way into f, and the residual was another's."""
     f, w, z0, x = mixed([jnp.bfloat16, jnp.float32])
     sol = deq.fixed_point(f, w, z0, x, solver=dataclasses.replace(solver, tol=1e-30, max_steps=7))
-    image = f(w, sol.value, x)
+    image = jax.jit(f)(w, sol.value, x)
     assert [a.dtype for a in sol.value] == [jnp.bfloat16, jnp.float32]
     wide = [[np.asarray(a, np.float64) for a in leaves] for leaves in (sol.value, image)]
     gap = np.sqrt(sum(((a - b) ** 2).sum(1) for a, b in zip(*wide, strict=True)))
@@ -567,24 +572,39 @@ STRICT = [
 ]
 
 
-@pytest.mark.parametrize("dtypes", STRICT, ids=str)
 @pytest.mark.parametrize(
-    "solver", [*PLAIN, deq.Anderson(memory=9, damping=0.9), deq.Broyden(damping=0.9)], ids=name
+    ("solver", "solved"),
+    [
+        *zip(
+            [*PLAIN, deq.Anderson(memory=9, damping=0.9), deq.Broyden(damping=0.9)],
+            STRICT,
+            strict=True,
+        )
+    ],
+    ids=str,
 )
-def test_strict_promotion(dtypes, solver):
-    """B7, F3: bool + int32 and promotions of dtypes failed."""
+def test_strict_promotion(solver, solved):
+    """B7, F3: bool + int32 and promotions of dtypes failed; where they do, tracing fails."""
     solver = dataclasses.replace(solver, tol=1e-2)
-    with jax.enable_x64("float64" in dtypes), jax.numpy_dtype_promotion("strict"):
-        f, w, z0, x = mixed([jnp.dtype(d) for d in dtypes])
+    for dtypes in [solved, *(mix for mix in STRICT if len(mix) > 1 and mix != solved)]:
+        with jax.enable_x64("float64" in dtypes), jax.numpy_dtype_promotion("strict"):
+            f, w, z0, x = mixed([jnp.dtype(d) for d in dtypes])
 
-        def loss(w):
-            sol = deq.fixed_point(f, w, z0, x, solver=solver)
-            return sum(jnp.sum(a.astype(w.dtype)) for a in sol.value), sol
+            def loss(w, f=f, z0=z0, x=x):
+                sol = deq.fixed_point(f, w, z0, x, solver=solver)
+                return sum(jnp.sum(a.astype(w.dtype)) for a in sol.value), sol
 
-        gradient, sol = jax.grad(loss, has_aux=True)(w)
-        assert jnp.isfinite(gradient).all() and (gradient != 0).any()
-        assert sol.stats.converged.all()
+            if dtypes == solved:
+                gradient, sol = jax.jit(jax.grad(loss, has_aux=True))(w)
+                assert jnp.isfinite(gradient).all() and (gradient != 0).any()
+                assert sol.stats.converged.all()
+            else:
+                gradient, sol = jax.eval_shape(jax.grad(loss, has_aux=True), w)
+            assert gradient.dtype == w.dtype
         assert [a.dtype.name for a in sol.value] == list(dtypes)
+        assert [a.shape for a in sol.value] == [a.shape for a in z0]
+        assert sol.stats.residual.dtype == sol.stats.trace.dtype == jnp.float32
+        assert sol.stats.num_steps.dtype == jnp.int32 and sol.stats.converged.dtype == bool
 
 
 @pytest.mark.parametrize("make", [deq.Anderson, deq.Broyden])
@@ -604,8 +624,9 @@ def test_keep_last_returns_the_iterate_after_the_last_step(solver):
     problem = testing.affine(radius=0.9)
     solver = dataclasses.replace(solver, tol=1e-30, max_steps=5)
     z, state = problem.z0, solver.init(problem.z0)
+    step = jax.jit(solver.step)
     for _ in range(5):
-        z, state = solver.step(z, problem.f(problem.params, z, problem.x), state)
+        z, state = step(z, problem.f(problem.params, z, problem.x), state)
     sol = run(solver, problem, keep="last")
     np.testing.assert_allclose(sol.value, z, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(sol.stats.residual, sol.stats.trace[4])
@@ -626,9 +647,8 @@ def test_keep_last_stops_each_sample_where_it_converged():
         run(solver, problem, keep="first")
 
 
-@pytest.mark.parametrize("solver", PLAIN, ids=name)
-def test_the_trace_can_be_left_out(solver):
-    problem = testing.affine()
+def test_the_trace_can_be_left_out():
+    problem, solver = testing.affine(), deq.Picard(max_steps=300)
     full, without = run(solver, problem), run(solver, problem, trace=False)
     assert without.stats.trace is None
     np.testing.assert_array_equal(full.value, without.value)
@@ -663,10 +683,10 @@ def test_damped_broyden_iterates_are_those_of_the_dense_formula(x64, damping):
     rng = np.random.default_rng(1)
     w, x = rng.standard_normal((12, 12)) * 0.4, rng.standard_normal((3, 12))
     solver = deq.Broyden(tol=1e-30, max_steps=9, damping=damping)
-    z = jnp.zeros((3, 12))
+    z, step = jnp.zeros((3, 12)), jax.jit(solver.step)
     state, iterates = solver.init(z), [np.zeros((3, 12))]
     for _ in range(9):
-        z, state = solver.step(z, jnp.tanh(z @ w + x), state)
+        z, state = step(z, np.tanh(np.asarray(z) @ w + x), state)
         iterates.append(np.asarray(z))
     for sample in range(3):
         f = lambda v, i=sample: np.tanh(v @ w + x[i])  # noqa: E731
@@ -695,10 +715,10 @@ def test_broyden_forgets_the_oldest_factor_or_all_of_them(x64, damping):
             z = z + steps[-1]
             expected.append(z)
         solver = deq.Broyden(tol=1e-30, max_steps=20, memory=m, damping=damping, restart=restart)
-        ours = jnp.zeros((1, 8))
+        ours, step = jnp.zeros((1, 8)), jax.jit(solver.step)
         state, iterates = solver.init(ours), [np.zeros(8)]
         for _ in range(11):
-            ours, state = solver.step(ours, jnp.asarray(f(np.asarray(ours))), state)
+            ours, state = step(ours, f(np.asarray(ours)), state)
             iterates.append(np.asarray(ours[0]))
         np.testing.assert_allclose(iterates, expected, rtol=1e-9, atol=1e-11)
 
@@ -710,33 +730,20 @@ def test_both_small_solves_agree_with_lapack(x64, memory):
     matrix, used = rows @ rows.swapaxes(1, 2), memory - 2
     matrix[:, used:], matrix[:, :, used:] = 0, 0
     matrix += np.diag(np.arange(memory) >= used)
-    ours = anderson._solve_positive(jnp.asarray(matrix), jnp.arange(memory) < used)
+    ours = jax.jit(anderson._solve_positive)(jnp.asarray(matrix), jnp.arange(memory) < used)
     ones = (np.arange(memory) < used).astype(float)
     expected = np.linalg.solve(matrix, np.tile(ones[:, None], (3, 1, 1)))[..., 0]
     np.testing.assert_allclose(ours, expected / expected.sum(1, keepdims=True), rtol=1e-8)
 
 
-def test_a_batch_of_one_is_solved_as_a_batch_of_two():
-    for solver in SOLVERS:
-        one = testing.affine(batch=1)
-        two = dataclasses.replace(one, x=jnp.tile(one.x, (2, 1)), z0=jnp.tile(one.z0, (2, 1)))
-        solver = dataclasses.replace(solver, tol=1e-30, max_steps=4)
-        np.testing.assert_allclose(
-            run(solver, one).value[0], run(solver, two).value[1], rtol=1e-4, atol=1e-5
-        )
+BATCH, FEATURES = PartitionSpec("data"), PartitionSpec("data", None, "model")
+KINDS = AxisType.Auto, AxisType.Explicit
 
 
-SHARDED = [PartitionSpec("data"), PartitionSpec("data", None, "model")]
-
-
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("spec", SHARDED, ids=str)
-@pytest.mark.parametrize("solver", SOLVERS[1::2], ids=name)
-def test_a_state_may_be_sharded_over_batch_and_features(kind, spec, solver):
-    """F1, L5: flattening gathered the state, or failed on the axes of `jax.make_mesh`."""
+def sharded(kind, spec, solver):
+    """A differentiated solve, its operands, one of them placed, and the mesh."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
     w, x = jnp.float32(0.4), jax.random.normal(jax.random.key(0), (4, 6, 8))
-    placed = jax.device_put(x, NamedSharding(mesh, spec))
     solver = dataclasses.replace(solver, tol=1e-30, max_steps=6)
 
     def loss(w, x):
@@ -744,15 +751,39 @@ def test_a_state_may_be_sharded_over_batch_and_features(kind, spec, solver):
         sol = deq.fixed_point(f, w, jnp.zeros_like(x), x, solver=solver)
         return jnp.sum(sol.value**2), sol.value
 
-    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (_, value), slope = gradient(w, placed)
-    (_, alone), expected = gradient(w, x)
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    return gradient, w, x, jax.device_put(x, NamedSharding(mesh, spec)), mesh
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "solver"),
+    [
+        *((kind, FEATURES, solver) for kind in KINDS for solver in SOLVERS[1::2]),
+        *((kind, BATCH, SOLVERS[1]) for kind in KINDS),
+    ],
+    ids=str,
+)
+def test_a_state_may_be_sharded_over_batch_and_features(kind, spec, solver):
+    """F1, L5: flattening gathered the state, or failed on the axes of `jax.make_mesh`."""
+    gradient, w, x, placed, _ = sharded(kind, spec, solver)
+    (_, alone), expected = jax.jit(gradient)(w, x)
+    program = jax.jit(gradient).lower(w, placed).compile()
+    (_, value), slope = program(w, placed)
     assert value.sharding.is_equivalent_to(placed.sharding, 3)
     np.testing.assert_allclose(value, alone, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(slope, expected, rtol=1e-4)
-    text = gradient.lower(w, placed).compile().as_text()
-    found = set(re.findall(r" (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", text))
-    assert found <= {"all-reduce"}
+    found = re.findall(r" (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", program.as_text())
+    assert set(found) <= {"all-reduce"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "solver"),
+    [*((kind, SOLVERS[1]) for kind in KINDS), (AxisType.Explicit, SOLVERS[3])],
+    ids=str,
+)
+def test_a_state_may_be_sharded_without_jit(kind, solver):
+    gradient, w, x, placed, mesh = sharded(kind, FEATURES, solver)
+    (_, alone), _ = jax.jit(gradient)(w, x)
     with jax.set_mesh(mesh):
-        (_, value), _ = jax.value_and_grad(loss, has_aux=True)(w, placed)  # without jit
+        (_, value), _ = gradient(w, placed)
     np.testing.assert_allclose(value, alone, rtol=1e-5, atol=1e-6)
