@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from test_testing import side_by_side
 
 import deq_jax as deq
 from deq_jax import testing
@@ -37,30 +38,6 @@ def run(solver, problem, **options):
     return deq.fixed_point(
         problem.f, problem.params, problem.z0, problem.x, solver=solver, **options
     )
-
-
-def side_by_side(problems):
-    """One problem whose samples are those of several, padded with zeros; and the parts of a value.
-
-    Samples are solved one by one, and one program solves all of them.
-    """
-    shapes = [p.z0.shape for p in problems]
-    width, ends = max(n for _, n in shapes), np.cumsum([rows for rows, _ in shapes])
-
-    def pad(a):
-        return jnp.pad(a, ((0, 0), (0, width - a.shape[1])))
-
-    def parts(z):
-        return [z[e - rows : e, :n] for e, (rows, n) in zip(ends, shapes, strict=True)]
-
-    def f(params, z, x):
-        images = [p.f(q, a, p.x) for p, q, a in zip(problems, params, parts(z), strict=True)]
-        return jnp.concatenate(list(map(pad, images)))
-
-    z0 = jnp.concatenate([pad(p.z0) for p in problems])
-    params = [p.params for p in problems]
-    whole = dataclasses.replace(problems[0], f=f, params=params, z0=z0, x=jnp.zeros(()))
-    return whole, parts
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=name)
