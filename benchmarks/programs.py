@@ -1,8 +1,7 @@
 """What the text of a compiled program says: its collectives, and the kernels of its loops.
 
-Collectives are read from `compiled.as_text()` on CPUs, where they are synchronous (no -start and
--done); kernels from a program that was compiled for a GPU, where each instruction outside a fusion
-is one launch.
+Kernels are read from a program that was compiled for a GPU, where each instruction outside a fusion
+is one launch; collectives from any.
 """
 
 import collections
@@ -15,8 +14,9 @@ LOOPS = ("body", "condition")
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 # Instructions that launch nothing themselves, and those that only run other computations.
-_FREE = "parameter constant tuple get-tuple-element bitcast after-all add-dependency opt-barrier"
-_RUNS = "while conditional call async-start async-done async-update"
+_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
+_FREE += ("after-all", "add-dependency", "opt-barrier")
+_RUNS = ("while", "conditional", "call", "async-start", "async-done", "async-update")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(")
 _INSTRUCTION = re.compile(
     r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) "
@@ -121,11 +121,12 @@ def _computations(text: str) -> tuple[dict[str, str], str]:
 
 
 def _walk(parts: dict[str, str], name: str, place: str, every_branch: bool) -> Iterator[Collective]:
-    for shape, kind, line in _instructions(parts[name]):
+    for instruction in _instructions(parts[name]):
+        kind = instruction["kind"].removesuffix("-start")
         if kind in _COLLECTIVES:
-            yield Collective(kind, shape_bytes(shape), place)
+            yield Collective(kind, _result_bytes(instruction), place)
         branches = []
-        for where, called in _called(line, parts):
+        for where, called in _called(instruction.string, parts):
             # A branch of a loop still runs with the loop.
             stays = not where or (where == "branch" and place in LOOPS)
             found = list(_walk(parts, called, place if stays else where, every_branch))
@@ -159,16 +160,12 @@ def traffic(text: str) -> int:
         Sizes of operands and results of each kernel; a loop counts as one iteration.
     """
     parts, entry = _computations(text)
-    total, queue = 0, [entry]
-    while queue:
-        found = [m for line in parts[queue.pop()].splitlines() if (m := _INSTRUCTION.match(line))]
-        sizes = {m["name"]: shape_bytes(m["shape"]) for m in found}
-        for m in found:
-            if m["kind"] in _RUNS.split():
-                queue += [inner for _, inner in _called(m.string, parts)]
-            elif m["kind"] not in _FREE.split() and not m["kind"].endswith("-done"):
-                operands = re.findall(r"%([\w.\-]+)", m["operands"])
-                total += sizes[m["name"]] + sum(sizes.get(name, 0) for name in operands)
+    total = 0
+    for part in _reached(parts, entry):
+        sizes = {found["name"]: _result_bytes(found) for found in _instructions(part)}
+        for found in filter(_is_kernel, _instructions(part)):
+            operands = re.findall(r"%([\w.\-]+)", found["operands"])
+            total += sizes[found["name"]] + sum(sizes.get(name, 0) for name in operands)
     return total
 
 
@@ -189,23 +186,45 @@ def loops(text: str) -> list[tuple[Kernels, Kernels]]:
 
 
 def _outer_loops(parts: dict[str, str], name: str) -> Iterator[tuple[str, str]]:
-    for _, kind, line in _instructions(parts[name]):
-        called = _called(line, parts)
-        if kind == "while":
+    for found in _instructions(parts[name]):
+        called = _called(found.string, parts)
+        if found["kind"] == "while":
             (condition,), (body,) = (
                 [name for where, name in called if where == wanted]
                 for wanted in ("condition", "body")
             )
             yield condition, body
-        elif kind in _RUNS.split():
+        elif found["kind"] in _RUNS:
             for _, inner in called:
                 yield from _outer_loops(parts, inner)
 
 
-def _instructions(part: str) -> Iterator[tuple[str, str, str]]:
-    for line in part.splitlines():
-        if found := _INSTRUCTION.match(line):
-            yield found["shape"], found["kind"], line
+def _instructions(part: str) -> Iterator[re.Match[str]]:
+    """Groups "name", "shape", "kind" and "operands" of each line; `string` is the line."""
+    return (found for line in part.splitlines() if (found := _INSTRUCTION.match(line)))
+
+
+def _result_bytes(found: re.Match[str]) -> int:
+    shape = found["shape"]
+    if found["kind"].endswith("-start"):  # as on a GPU: operands first, the result last
+        shape = re.sub(r"^\(\(.*?\), ", "(", shape)
+    return shape_bytes(shape)
+
+
+def _reached(parts: dict[str, str], name: str) -> Iterator[str]:
+    """Texts of a computation and of all that it runs, but for the insides of kernels."""
+    queue = [name]
+    while queue:
+        part = parts[queue.pop()]
+        yield part
+        for found in _instructions(part):
+            if found["kind"] in _RUNS:
+                queue += [inner for _, inner in _called(found.string, parts)]
+
+
+def _is_kernel(found: re.Match[str]) -> bool:
+    kind = found["kind"]
+    return kind not in _RUNS and kind not in _FREE and not kind.endswith("-done")
 
 
 def _called(line: str, parts: dict[str, str]) -> list[tuple[str, str]]:
@@ -223,18 +242,16 @@ def _count(parts: dict[str, str], name: str) -> Kernels:
     written: list[int] = []
     kinds = {"fusion": "fusions", "copy": "copies", "copy-start": "copies"}
     kinds |= {"custom-call": "calls", "convolution": "calls", "dot": "calls"}
-    queue = [name]
-    while queue:
-        for shape, kind, line in _instructions(parts[queue.pop()]):
-            called = [inner for _, inner in _called(line, parts)]
-            if kind in _RUNS.split():
-                counts["conditionals"] += kind == "conditional"
-                counts["loops"] += kind == "while"
-                queue += called
-            elif kind not in _FREE.split() and not kind.endswith("-done"):
+    for part in _reached(parts, name):
+        for found in _instructions(part):
+            kind, line = found["kind"], found.string
+            counts["conditionals"] += kind == "conditional"
+            counts["loops"] += kind == "while"
+            if _is_kernel(found):
                 counts[kinds.get(kind, "others")] += 1
-                texts = (line, *(parts[inner] for inner in called))
+                texts = (line, *(parts[inner] for _, inner in _called(line, parts)))
                 if not any("dynamic-update-slice(" in text for text in texts):
-                    written += [max(map(shape_bytes, re.findall(r"\w+\[[\d,]*\]", shape)))]
+                    arrays = re.findall(r"\w+\[[\d,]*\]", found["shape"])
+                    written += [max(map(shape_bytes, arrays))]
     fields = [field.name for field in dataclasses.fields(Kernels)[:-1]]
     return Kernels(**{field: counts[field] for field in fields}, written=tuple(sorted(written)))

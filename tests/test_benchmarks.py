@@ -154,3 +154,35 @@ ENTRY %main (x: f32[8]) -> f32[8] {
     assert test.total == 1
     whole = programs.kernels(text)
     assert (whole.total, whole.loops) == (body.total + test.total + 1, 1)
+
+
+def test_started_collectives_branches_and_traffic():
+    """As a GPU's program starts them: operands first, the result last."""
+    text = """HloModule jit_go
+
+%small (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %s = ((f32[8]{0}), f32[8]{0}) all-reduce-start(%p), to_apply=%add
+  ROOT %d = f32[8]{0} all-reduce-done(%s)
+}
+
+%large (p: f32[8]) -> f32[16] {
+  %p = f32[8]{0} parameter(0)
+  %q = pred[4]{0} constant({...})
+  %s = ((f32[8]{0}, pred[4]{0}), (f32[16]{0}, pred[8]{0})) all-gather-start(%p, %q), dimensions={0}
+  ROOT %d = f32[16]{0} all-gather-done(%s)
+}
+
+ENTRY %main (x: f32[8], i: s32[]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %i = s32[] parameter(1)
+  %c = f32[8]{0} conditional(%i, %x, %x), branch_computations={%small, %large}
+  ROOT %f = f32[2,8]{1,0} fusion(%c, %i), kind=kLoop, calls=%twice
+}
+"""
+    small = programs.Collective("all-reduce", 32, "branch")
+    large = programs.Collective("all-gather", 64 + 8, "branch")
+    assert programs.collectives(text) == [small, large]
+    assert programs.collectives(text, every_branch=False) == [large]
+    reduce, gather, fusion = 32 + 32, 32 + 4 + 64 + 8, 64 + 32 + 4
+    assert programs.traffic(text) == reduce + gather + fusion
