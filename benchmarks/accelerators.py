@@ -24,7 +24,7 @@ import dataclasses
 import importlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ import deq_jax as deq
 from benchmarks._report import RESULTS, table, write
 from benchmarks.programs import LOOPS, collectives, kernels, loops, traffic
 from benchmarks.targets import Target
+from deq_jax.errors import UsageError
 
 SHAPES = ((32, 1024), (16, 100_000))
 SOLVERS: dict[str, Any] = {
@@ -80,7 +81,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--texts", type=Path, help="folder for the texts of the programs")
     parser.add_argument("--out", type=Path, default=RESULTS / "accelerators")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.per_device is not None and options.per_device < 1:
+        parser.error(f"got --per_device={options.per_device}; wanted at least 1")
+    return options
 
 
 def _compiled(target: Target, function: Callable[..., Any], *operands: Any) -> tuple[Any, float]:
@@ -110,6 +114,10 @@ def _history_bytes(solver: Any, size: int) -> int:
     """The least that a solver's history takes, for `size` numbers in a state."""
     # It need not have room for the last two evaluations of the budget.
     return 4 * size * max(min(getattr(solver, "memory", None) or 0, solver.max_steps) - 2, 0)
+
+
+def _presets(cases: Sequence[str]) -> list[str]:
+    return [name for name in cases if name not in (*SOLVERS, "MDEQ")]
 
 
 def _found(name: str) -> tuple[Any, Any]:
@@ -190,7 +198,8 @@ def _mdeq() -> tuple[dict[str, tuple[Any, Any]], int, str]:
 
 def _step(target: Target, name: str, per_device: int | None) -> tuple[str, dict]:
     """The text of a preset's training step, and its row."""
-    from deq_jax.training.parallel import make_mesh
+    from deq_jax.training import fields
+    from deq_jax.training.parallel import make_mesh, require_even
     from deq_jax.training.task import has_solver
     from experiments.common import dry_run
 
@@ -198,9 +207,13 @@ def _step(target: Target, name: str, per_device: int | None) -> tuple[str, dict]
     mesh = make_mesh(target.devices)
 
     def of_batch(size: int) -> Any:
-        return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
+        values = {"train.batch_size": size}
+        if hasattr(config.data, "eval_batch_size"):  # of no program here, but it must divide too
+            values["data.eval_batch_size"] = size
+        return fields.replace(config, values)
 
     config = of_batch((per_device or 0) * mesh.size or config.train.batch_size)
+    require_even("train.batch_size", config.train.batch_size, mesh.size)
     program, _, seconds = dry_run.compile_step(
         config, experiment.build_task(config, mesh, None), mesh
     )
@@ -287,7 +300,7 @@ def _measure(options: argparse.Namespace, target: Target) -> tuple[list[dict], l
         cases, history, state = _mdeq()
         for name, (function, operands) in cases.items():
             add(name, state, history, function, operands)
-    for name in [name for name in options.cases if name not in (*SOLVERS, "MDEQ")]:
+    for name in _presets(options.cases):
         text, row = _step(target, name, options.per_device)
         steps.append(row)
         keep(name, text)
@@ -387,7 +400,12 @@ def main() -> None:
     options = parse()
     jax.config.update("jax_enable_compilation_cache", False)
     target = targets.find(options.target)
-    solves, steps = _measure(options, target)
+    for name in _presets(options.cases):  # before minutes of compiling
+        _found(name)
+    try:
+        solves, steps = _measure(options, target)
+    except UsageError as error:
+        sys.exit(f"error: {error}")
     kind = "jax-cuda13-plugin" if target.is_gpu else "libtpu"
     name = target.name.replace(":", "-")
     write(

@@ -78,3 +78,18 @@ def test_an_unknown_target_ends_in_one_sentence(name):
         done.stderr.startswith(f"got --target={name}; wanted h100, ")
         and "Traceback" not in done.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--cases", "Picard", "nothing"], "got --cases nothing; wanted Picard, "),
+        (["--cases", "prose", "--per_device=0"], "got --per_device=0; wanted at least 1"),
+        (["--target=tpu-v5e:4x8", "--cases", "prose"], "error: got --train.batch_size=16 for 32"),
+    ],
+)
+def test_cases_that_cannot_be_compiled_end_in_one_sentence(flags, message):
+    command = [sys.executable, "-m", "benchmarks.accelerators", "--target=tpu-v5e:2x2", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr and "Traceback" not in done.stderr
