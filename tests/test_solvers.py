@@ -475,6 +475,21 @@ def test_a_runaway_is_not_convergence(stop, solver):
     assert jnp.isfinite(sol.value).all() and jnp.isfinite(sol.stats.residual).all()
 
 
+class Leap(deq.Picard):
+    """Visits 1e7 once, and 1e5 from then on."""
+
+    def step(self, z, fz, state):
+        return jnp.where(fz < 2, fz, jnp.where(fz < 100, 1e7, 1e5)), state
+
+
+@pytest.mark.parametrize("growth", [jnp.sqrt, jnp.cbrt], ids=["sqrt", "cbrt"])
+def test_one_leap_does_not_make_a_long_iterate_look_converged(growth):
+    """Whoever takes the gap of sqrt at 1e7, 3e3, for the size of f finds the one at 1e5, 3e2, small."""
+    sol = deq.solve(Leap(tol=5e-3, max_steps=9), lambda z: z + growth(1 + z), jnp.zeros((2, 3)))
+    assert not sol.stats.converged.any()
+    assert sol.stats.trace.min() > 9e-3  # 1 / 100 at its smallest
+
+
 def test_a_long_solution_of_a_short_start_still_converges():
     """The bound on the size costs a solve some steps, not its answer."""
     for radius in (0.9, 0.99, 0.999):

@@ -63,10 +63,10 @@ class SolveStats:
 
         norm(f(z) - z) / min(norm(f(z)), 100 r),    0 / 0 = 0,
 
-    for ``stop="rel"``, where r is the largest of norm(f(z_0)), norm(f(z_1)) and of all
-    norm(f(z_k) - z_k) so far.  So an iterate that runs away does not look converged because it is
-    long.  It is infinite, and the sample is given up, where f(z) is not finite, or so long that its
-    rounding errors reach r.
+    for ``stop="rel"``, where r is the largest of norm(f(z_0)), of norm(f(z_1)) and of those
+    norm(f(z_k) - z_k) so far that are at least norm(f(z_k)) / 100.  So an iterate that runs away
+    does not look converged because it is long.  The residual is infinite, and the sample is given
+    up, where f(z) is not finite, or so long that its rounding errors reach r.
 
     The statistics carry no gradient: `jax.grad` sees constants.  To penalise the residual, compute
     ``f(params, sol.value, x) - sol.value``.

@@ -27,7 +27,7 @@ from deq_jax.solvers.base import (
 from deq_jax.traced import Traced
 from deq_jax.tree import PyTree
 
-# How far norm(f(z)) may grow beyond the first images and still lower a relative residual.
+# How far norm(f(z)) may grow beyond r (see `SolveStats`) and still lower a relative residual.
 _GROWTH = 100.0
 
 
@@ -219,7 +219,8 @@ def iterate(
         image, z = lax.stop_gradient((fz, c.z))
         gap, size = tree.norm(jax.tree.map(jnp.subtract, image, z)), tree.norm(image)
         first = jnp.where(c.k < 2, size, 0)
-        reference = jnp.maximum(c.reference, jnp.where(jnp.isfinite(gap), gap, 0))
+        near = jnp.isfinite(gap) & (size <= _GROWTH * gap)
+        reference = jnp.maximum(c.reference, jnp.where(near, gap, 0))
         reference = jnp.maximum(reference, jnp.where(jnp.isfinite(first), first, 0))
         # Rounding f(z) must not cost as much as the first images had.
         finite = jnp.isfinite(gap) & (eps * size <= reference)
