@@ -1,6 +1,7 @@
 """The table of several seeds, against numbers worked out by hand."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -41,14 +42,48 @@ def test_a_command_shows_means_and_deviations(runs):
     ]
 
 
+def test_a_setting_makes_the_columns(runs, tmp_path, capsys):
+    write, _ = runs
+    for seed, gamma, score in [(0, 1.0, 0.5), (1, 1.0, 0.75), (0, 0.0, 0.25)]:
+        folder = write(f"g{gamma}-{seed}", model={"score": score, "steps": math.inf})
+        config = {"jac": {"gamma": gamma}, "train": {"seed": seed}}
+        (folder / "config.json").write_text(json.dumps(config))
+    folders = [str(path) for path in tmp_path.glob("g*")]
+    out = tmp_path / "found" / "gamma"
+    collect.main(["--by=jac.gamma", f"--out={out}", "--plot=score", "--plot=steps", *folders])
+    lines = [
+        [c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.split("\n")
+    ]
+    assert lines[0] == ["mean ± deviation of 3 runs", "jac.gamma = 0.0", "jac.gamma = 1.0"]
+    assert lines[2] == ["score", "0.25", "0.625 ± 0.18"]
+    assert json.loads(out.with_suffix(".json").read_text())["0.0"] == [
+        {"score": 0.25, "steps": math.inf}
+    ]
+    assert (
+        out.with_suffix(".md").read_text().startswith("| mean")
+        and out.with_suffix(".png").stat().st_size
+    )
+    with pytest.raises(UsageError, match="got --by=jac.gama, which .* does not have"):
+        collect.main(["--by=jac.gama", *folders])
+    with pytest.raises(
+        UsageError, match="got --plot='scores'; wanted a number of all runs: score, steps"
+    ):
+        collect.main(["--by=jac.gamma", f"--out={out}", "--plot=scores", *folders])
+    both = write("both", jr={}, no_jr={})
+    with pytest.raises(UsageError, match="got runs of 2 models; wanted one for --by"):
+        collect.main(["--by=jac.gamma", str(both)])
+    with pytest.raises(SystemExit):
+        collect.main(["--plot=score", *folders])
+
+
 def test_what_does_not_belong_together_is_refused(runs, tmp_path):
     write, folders = runs
     other = write("2", model={})
     with pytest.raises(UsageError, match="got model in .*2 and jr in .*wanted runs of one"):
-        collect.collect([*folders, other])
+        collect.gather([*folders, other])
     with pytest.raises(UsageError, match=r"cannot read .*results.json: .*wanted the workdir"):
-        collect.collect([tmp_path])
+        collect.gather([tmp_path])
     for text in ("", "[1, 2]"):
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(UsageError, match=r"cannot read .*results.json: .*wanted the workdir"):
-            collect.collect([tmp_path])
+            collect.gather([tmp_path])

@@ -1,15 +1,21 @@
-"""Mean and standard deviation of runs that differ in their seed.
+"""Mean and standard deviation of runs that differ in their seed, or in one more setting.
 
     python -m experiments.common.collect runs/digits-0 runs/digits-1 runs/digits-2
+    python -m experiments.common.collect --by=jac.gamma --out=runs/gamma \
+        --plot="accuracy 2" --plot=spectral_radius runs/gamma-*
 
-Reads the results.json of every folder.  The table has a column for each model and a row for each
-number; a number that some run does not have is left out.
+Reads the results.json of every folder.  The table has a column for each model, or for each value of
+the setting ``--by``, which the config.json of a run knows, and a row for each number; a number that
+some run does not have is left out.  ``--out`` writes the table and the numbers of all runs as .md
+and .json, and a curve over ``--by`` for each ``--plot`` as .png.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,20 +24,24 @@ from typing import Any
 from deq_jax.errors import UsageError
 from experiments.common import reporting
 
+Columns = dict[str, list[dict[str, float]]]
+"""Name of a model, or value of a setting -> the numbers of each run."""
 
-def read(folder: Path) -> dict[str, Any]:
-    """The numbers that a run has written.
+
+def read(folder: Path, name: str = "results.json") -> dict[str, Any]:
+    """What a run has written.
 
     Args:
       folder: workdir of an experiment.
+      name: of the file.
 
     Returns:
-      Its results.json.
+      Its contents.
 
     Raises:
       UsageError: there is none, or it cannot be read.
     """
-    path = folder / "results.json"
+    path = folder / name
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
@@ -66,17 +76,20 @@ def leaves(numbers: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, float(numbers)
 
 
-def collect(folders: Sequence[Path]) -> str:
-    """Lays out the numbers of several runs.
+def gather(folders: Sequence[Path], by: str = "") -> Columns:
+    """Sorts the numbers of several runs.
 
     Args:
       folders: their workdirs.
+      by: a setting, such as "jac.gamma", whose values are the columns; then each run has trained
+        one model.  Empty for a column for each model.
 
     Returns:
-      A Markdown table.
+      The columns, those of a setting in rising order.
 
     Raises:
-      UsageError: a folder holds no results, or the runs trained different models.
+      UsageError: a folder holds no results, the runs trained different models, or know no such
+        setting.
     """
     runs = [read(folder) for folder in folders]
     models = list(runs[0])
@@ -86,21 +99,105 @@ def collect(folders: Sequence[Path]) -> str:
                 f"got {', '.join(run)} in {folder} and {', '.join(models)} in {folders[0]}; wanted "
                 "runs of one experiment that trained the same models"
             )
-    columns = {model: [dict(leaves(run[model])) for run in runs] for model in models}
+    if not by:
+        return {model: [dict(leaves(run[model])) for run in runs] for model in models}
+    if len(models) > 1:
+        raise UsageError(f"got runs of {len(models)} models; wanted one for --by: --compare=false")
+    found: dict[Any, list[dict[str, float]]] = {}
+    for folder, run in zip(folders, runs, strict=True):
+        found.setdefault(_setting(folder, by), []).append(dict(leaves(run[models[0]])))
+    return {str(value): found[value] for value in sorted(found)}
+
+
+def _setting(folder: Path, by: str) -> Any:
+    value: Any = read(folder, "config.json")
+    for part in by.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise UsageError(f"got --by={by}, which {folder / 'config.json'} does not have")
+        value = value[part]
+    return value
+
+
+def table(columns: Columns, by: str = "") -> str:
+    """Lays out the numbers of several runs.
+
+    Args:
+      columns: of `gather`.
+      by: see `gather`.
+
+    Returns:
+      A Markdown table.
+    """
+    runs = sum(map(len, columns.values())) if by else len(next(iter(columns.values())))
     names = dict.fromkeys(name for column in columns.values() for name in column[0])
     rows = []
     for name in names:
-        cells = [[part[name] for part in column if name in part] for column in columns.values()]
-        if all(len(cell) in (0, len(runs)) for cell in cells):
+        cells = [[run[name] for run in column if name in run] for column in columns.values()]
+        counts = zip(cells, columns.values(), strict=True)
+        if all(len(cell) in (0, len(column)) for cell, column in counts):
             rows.append([name, *(reporting.spread(cell, ".4g") if cell else "-" for cell in cells)])
-    head = f"mean ± deviation of {len(runs)} runs"
-    return reporting.table([head, *(reporting.NAMES.get(m, m) for m in models)], rows)
+    heads = [f"{by} = {value}" if by else reporting.NAMES.get(value, value) for value in columns]
+    return reporting.table([f"mean ± deviation of {runs} runs", *heads], rows)
+
+
+def draw(columns: Columns, by: str, names: Sequence[str], path: Path) -> None:
+    """Draws numbers over the values of a setting: their mean, and a dot for each run.
+
+    Args:
+      columns: of `gather`.
+      by: the setting.
+      names: of the numbers, a panel each.
+      path: of the PNG.
+
+    Raises:
+      UsageError: the runs have no such number.
+    """
+    figure, axes = reporting.new_figure(1, len(names), (3.6 * len(names), 3.3))
+    for axis, name in zip(axes[0], names, strict=True):
+        for place, runs in enumerate(columns.values()):
+            if any(name not in run for run in runs):
+                known = ", ".join(runs[0])
+                raise UsageError(f"got --plot={name!r}; wanted a number of all runs: {known}")
+            axis.plot([place] * len(runs), [run[name] for run in runs], ".", color="0.6")
+        means = [_mean([run[name] for run in runs]) for runs in columns.values()]
+        axis.plot(range(len(means)), means, "o-", color=reporting.COLORS[1])
+        axis.set_xticks(range(len(columns)), list(columns))
+        axis.set(xlabel=by, title=name)
+    reporting.save(figure, path)
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if math.isfinite(value)]
+    return statistics.fmean(known) if known else math.nan
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command.
+
+    Args:
+      arguments: instead of sys.argv.
+    """
+    parser = argparse.ArgumentParser(description="Tables of several seeds.")
+    parser.add_argument("folders", nargs="+", type=Path, help="workdirs of the runs")
+    parser.add_argument("--by", default="", help="a setting whose values are the columns")
+    parser.add_argument("--plot", action="append", default=[], help="a number to draw over --by")
+    parser.add_argument("--out", type=Path, help="path of .md, .json and .png, without its suffix")
+    options = parser.parse_args(arguments)
+    if options.plot and not (options.by and options.out):
+        parser.error("got --plot; wanted --by and --out as well")
+    columns = gather(options.folders, options.by)
+    text = table(columns, options.by)
+    sys.stdout.write(text)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.with_suffix(".md").write_text(text, encoding="utf-8")
+        options.out.with_suffix(".json").write_text(json.dumps(columns, indent=1) + "\n", "utf-8")
+    if options.plot:
+        draw(columns, options.by, options.plot, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Tables of several seeds.")
-    parser.add_argument("folders", nargs="+", type=Path, help="workdirs of the runs")
     try:
-        sys.stdout.write(collect(parser.parse_args().folders))
+        main()
     except UsageError as error:
         sys.exit(f"error: {error}")

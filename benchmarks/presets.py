@@ -1,0 +1,200 @@
+"""Ten training steps of every preset on generated data: none may fail.
+
+    pip install -e .[train]
+    python -m benchmarks.presets
+    python -m benchmarks.presets --names imagenet_xl --batch 2
+
+The data sets of the published presets are large, and their models want accelerators.  Here each of
+them trains on random examples of the right shapes, few at a time, on one device of this machine, in
+a process of its own.  A penalty that a preset applies to few steps is applied to half of them.
+Parameters, the bytes of the training state and the operations of a step are those of the preset as
+published; memory and time are those of the small batch.  Writes presets.json and prints the table.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks._case import in_process, machine, serve
+from benchmarks._report import RESULTS, table, write
+
+MODULE = "benchmarks.presets"
+EXPERIMENTS = ("image_classification", "segmentation", "language_modeling")
+COLUMNS = (
+    "preset", "parameters", "state, MiB", "batch", "TFLOPs of a step", "examples here",
+    "memory here, MiB", "compilation, s", "a step here, s", "evaluations of f", "loss",
+)  # fmt: skip
+MIB = 2.0**20
+
+
+def known() -> dict[str, str]:
+    """Lists the presets.
+
+    Returns:
+        Name -> experiment.
+    """
+    return {
+        name: experiment
+        for experiment in EXPERIMENTS
+        for name in importlib.import_module(f"experiments.{experiment}.presets").PRESETS
+    }
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line.
+
+    Args:
+        arguments: instead of sys.argv.
+
+    Returns:
+        The options.
+    """
+    parser = argparse.ArgumentParser(description="Ten steps of every preset on generated data.")
+    presets = tuple(known())
+    parser.add_argument("--names", nargs="+", choices=presets, default=presets)
+    parser.add_argument("--batch", type=int, default=2, help="examples that are trained on here")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser.parse_args(arguments)
+
+
+def measure(request: dict) -> dict:
+    """Trains one preset.
+
+    Args:
+        request: "preset", "batch" and "steps".
+
+    Returns:
+        Sizes, times and losses.
+    """
+    import jax
+
+    from deq_jax.training.parallel import make_mesh
+    from experiments.common import dry_run
+
+    name, steps = request["preset"], request["steps"]
+    main = importlib.import_module(f"experiments.{known()[name]}.main")
+    config, mesh = main.PRESETS[name], make_mesh(jax.devices()[:1])
+    published = main.EXPERIMENT.build_task(config, mesh, None)
+    step, state = dry_run.step_and_state(config, published, mesh)
+    flops = step.lower(state, dry_run.batch(config, published, mesh)).cost_analysis()["flops"]
+    small: Any = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, batch_size=request["batch"]),
+        jac=dataclasses.replace(config.jac, prob=max(config.jac.prob, 0.5)),
+    )
+    task = main.EXPERIMENT.build_task(small, mesh, None)
+    program, _, seconds = dry_run.compile_step(small, task, mesh)
+    memory = program.memory_analysis()
+    return {
+        "parameters": sum(math.prod(a.shape) for a in jax.tree.leaves(state.params)),
+        "state_mib": sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(state))
+        / MIB,
+        "batch": config.train.batch_size,
+        "flops": flops,
+        "memory_mib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / MIB,
+        "compile_s": seconds,
+        **_train(program, small, task, mesh, steps),
+    }
+
+
+def _train(program: Any, config: Any, task: Any, mesh: Any, steps: int) -> dict:
+    import jax
+
+    from deq_jax.training import metrics
+    from deq_jax.training.optim import make_optimizer
+    from deq_jax.training.state import create_state
+    from experiments.common import dry_run
+
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    state = create_state(task, optimizer, 0, mesh, shard_above=config.shard_above)
+    batch = generated(dry_run.batch(config, task, mesh))
+    losses, counts, began = [], [], time.perf_counter()
+    for _ in range(steps):
+        state, means = program(state, batch)
+        shown = metrics.compute(jax.device_get(means))
+        losses.append(shown["loss"])
+        counts.append(shown.get("nfe", math.nan))
+    return {
+        "step_s": (time.perf_counter() - began) / steps,
+        "losses": losses,
+        "evaluations": float(np.mean(counts)),
+    }
+
+
+def generated(shapes: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Draws one batch.
+
+    Args:
+        shapes: name -> `jax.ShapeDtypeStruct`.
+
+    Returns:
+        Normal numbers for floats; for integers, which are labels or words, 0 to 9; a mask of ones.
+    """
+    rng = np.random.default_rng(0)
+
+    def draw(name: str, leaf: Any) -> np.ndarray:
+        if name == "mask":
+            return np.ones(leaf.shape, leaf.dtype)
+        if np.issubdtype(leaf.dtype, np.floating):
+            return rng.standard_normal(leaf.shape).astype(leaf.dtype)
+        return rng.integers(0, 10, leaf.shape).astype(leaf.dtype)
+
+    return {name: draw(name, leaf) for name, leaf in shapes.items()}
+
+
+def tables(rows: Sequence[dict]) -> str:
+    """Writes the results as Markdown.
+
+    Args:
+        rows: of `measure`, with "preset" and "examples", or with "error".
+
+    Returns:
+        The table.
+    """
+    return table(COLUMNS, map(_cells, rows))
+
+
+def _cells(row: dict) -> list[str]:
+    if "error" in row:
+        return [row["preset"], f"failed: {row['error']}"]
+    losses = row["losses"]
+    return [
+        row["preset"],
+        f"{row['parameters']:,}",
+        f"{row['state_mib']:,.0f}",
+        f"{row['batch']}",
+        f"{row['flops'] / 1e12:,.3g}",
+        f"{row['examples']}",
+        f"{row['memory_mib']:,.0f}",
+        f"{row['compile_s']:,.0f}",
+        f"{row['step_s']:,.2f}",
+        "-" if math.isnan(row["evaluations"]) else f"{row['evaluations']:.1f}",
+        f"{losses[0]:.2f} to {losses[-1]:.2f}",
+    ]
+
+
+def main() -> None:
+    """Runs everything and writes the results; exits with 1 if a preset failed."""
+    options, rows = parse(), []
+    for name in options.names:
+        found = in_process(MODULE, {"preset": name, "batch": options.batch, "steps": options.steps})
+        if not np.isfinite(found.get("losses", 0)).all():
+            found = {"error": f"losses {found['losses']}"}
+        rows.append({"preset": name, "examples": options.batch, **found})
+        print(table(COLUMNS, [_cells(rows[-1])]), flush=True)
+        write(options.out / "presets.json", ("jax", "jaxlib", "flax"), machine=machine(), rows=rows)
+    print(tables(rows))
+    if failed := [row["preset"] for row in rows if "error" in row]:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    serve(measure, main)
