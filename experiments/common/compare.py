@@ -49,6 +49,22 @@ def variants(config: ConfigT) -> dict[str, ConfigT]:
     }
 
 
+def in_runs(**presets: ConfigT) -> dict[str, ConfigT]:
+    """Gives every preset a workdir of its own.
+
+    Args:
+      **presets: name -> configuration.
+
+    Returns:
+      The same, with the workdirs runs/NAME.
+
+    Example:
+      >>> in_runs(small=Config())["small"].workdir
+      'runs/small'
+    """
+    return {n: dataclasses.replace(part, workdir=f"runs/{n}") for n, part in presets.items()}
+
+
 def in_folder(config: ConfigT, name: str, **changes: object) -> ConfigT:
     """A configuration for one of several models.
 

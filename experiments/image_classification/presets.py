@@ -34,7 +34,7 @@ from typing import Any
 
 from deq_jax.solvers.base import StopMode
 from deq_jax.training import EvalConfig, JacConfig, OptimConfig, TrainConfig
-from experiments.common import mdeq
+from experiments.common import compare, mdeq
 from experiments.image_classification.config import DataConfig, ImageConfig, ModelConfig
 
 CIFAR_EXAMPLES, IMAGENET_EXAMPLES = 50_000, 1_281_167
@@ -135,7 +135,6 @@ IMAGENET_SGD = OptimConfig(
 RESNET_SGD = dataclasses.replace(IMAGENET_SGD, lr=0.1, weight_decay=1e-4)
 
 DIGITS = ImageConfig(
-    workdir="runs/digits",
     model=ModelConfig(channels=(16, 16), expansion=2, head=(8, 16), final=64),
     data=DataConfig(name="digits", size=8, colors=1, augment="shift", shift=1),
     compare=True,
@@ -148,7 +147,6 @@ DIGITS = ImageConfig(
     ),
 )
 TINY_IMAGENET = ImageConfig(
-    workdir="runs/tiny_imagenet",
     model=ModelConfig(
         classes=20, channels=(32, 64, 128), head=(14, 28, 56), final=512, downsample=2
     ),
@@ -159,7 +157,6 @@ TINY_IMAGENET = ImageConfig(
     **broyden(8, 8, "rel", 9),
 )
 TINY = ImageConfig(
-    workdir="runs/cifar10_tiny",
     model=ModelConfig(channels=(24, 24), head=(8, 16), final=200, dropout=0.25),
     data=dataclasses.replace(CIFAR, augment="none", shift=0),
     optim=dataclasses.replace(CIFAR_ADAM, weight_decay=2.5e-6),
@@ -167,7 +164,6 @@ TINY = ImageConfig(
     **broyden(18, 20, "rel", 18),
 )
 CIFAR_SMALL = ImageConfig(
-    workdir="runs/cifar10_small",
     model=ModelConfig(channels=(32, 64), expansion=3, head=(16, 32), final=256),
     data=CIFAR,
     compare=True,
@@ -182,7 +178,6 @@ CIFAR_SMALL = ImageConfig(
     ),
 )
 CIFAR_LARGE = ImageConfig(
-    workdir="runs/cifar10_large",
     model=LARGE_CIFAR,
     data=CIFAR,
     optim=CIFAR_ADAM,
@@ -190,7 +185,6 @@ CIFAR_LARGE = ImageConfig(
     **broyden(18, 20, "rel", 18),
 )
 IMAGENET_SMALL = ImageConfig(
-    workdir="runs/imagenet_small",
     model=SMALL_IMAGENET,
     data=IMAGENET,
     optim=IMAGENET_SGD,
@@ -229,7 +223,6 @@ def resnet(name: str, base: ImageConfig, train: TrainConfig) -> ImageConfig:
     kind: Any = name
     part = base.model
     return ImageConfig(
-        workdir=base.workdir.rsplit("_", 1)[0] + f"_{name}",
         model=ModelConfig(name=kind, classes=part.classes, downsample=part.downsample),
         data=base.data,
         optim=RESNET_SGD,
@@ -238,14 +231,13 @@ def resnet(name: str, base: ImageConfig, train: TrainConfig) -> ImageConfig:
     )
 
 
-PRESETS = {
-    "digits": DIGITS,
-    "cifar10_small": CIFAR_SMALL,
-    "cifar10_tiny": TINY,
-    "cifar10_large": CIFAR_LARGE,
-    "cifar10_large_jr": dataclasses.replace(
+PRESETS = compare.in_runs(
+    digits=DIGITS,
+    cifar10_small=CIFAR_SMALL,
+    cifar10_tiny=TINY,
+    cifar10_large=CIFAR_LARGE,
+    cifar10_large_jr=dataclasses.replace(
         CIFAR_LARGE,
-        workdir="runs/cifar10_large_jr",
         model=dataclasses.replace(LARGE_CIFAR, dropout=0.22),
         jac=JacConfig(
             gamma=0.4,
@@ -258,43 +250,39 @@ PRESETS = {
         train=schedule(220, CIFAR_EXAMPLES, 96, warmup=(16_000, 8)),
         **broyden(8, 7, "rel", 9),
     ),
-    "cifar10_resnet18": resnet("resnet18", CIFAR_LARGE, schedule(220, CIFAR_EXAMPLES, 96)),
-    "imagenet_small": IMAGENET_SMALL,
-    "imagenet_small_jr": dataclasses.replace(
+    cifar10_resnet18=resnet("resnet18", CIFAR_LARGE, schedule(220, CIFAR_EXAMPLES, 96)),
+    imagenet_small=IMAGENET_SMALL,
+    imagenet_small_jr=dataclasses.replace(
         IMAGENET_JR,
-        workdir="runs/imagenet_small_jr",
         model=dataclasses.replace(
             SMALL_IMAGENET, head=(28, 56, 112, 224), post_affine=False, dropout=0.02
         ),
         optim=dataclasses.replace(IMAGENET_SGD, lr=0.04, weight_decay=2e-5),
     ),
-    "imagenet_large": dataclasses.replace(
+    imagenet_large=dataclasses.replace(
         IMAGENET_SMALL,
-        workdir="runs/imagenet_large",
         model=LARGE_IMAGENET,
         optim=LARGE_SGD,
         train=LARGE_STEPS,
     ),
-    "imagenet_large_jr": dataclasses.replace(
+    imagenet_large_jr=dataclasses.replace(
         IMAGENET_JR,
-        workdir="runs/imagenet_large_jr",
         model=dataclasses.replace(LARGE_IMAGENET, post_affine=False),
         jac=dataclasses.replace(IMAGENET_JR.jac, gamma=3.0),
         optim=LARGE_SGD,
         train=LARGE_STEPS,
     ),
-    "imagenet_xl": dataclasses.replace(
+    imagenet_xl=dataclasses.replace(
         IMAGENET_SMALL,
-        workdir="runs/imagenet_xl",
         model=dataclasses.replace(LARGE_IMAGENET, channels=(88, 176, 352, 704), expansion=6),
         optim=LARGE_SGD,
         train=LARGE_STEPS,
     ),
-    "imagenet_resnet50": resnet(
+    imagenet_resnet50=resnet(
         "resnet50", IMAGENET_SMALL, schedule(100, IMAGENET_EXAMPLES, 256, rhythm=2500)
     ),
-    "imagenet_resnet101": resnet(
+    imagenet_resnet101=resnet(
         "resnet101", IMAGENET_SMALL, schedule(100, IMAGENET_EXAMPLES, 256, rhythm=2500)
     ),
-    "tiny_imagenet": TINY_IMAGENET,
-}
+    tiny_imagenet=TINY_IMAGENET,
+)

@@ -34,6 +34,7 @@ from deq_jax.training import (
     SolverConfig,
     TrainConfig,
 )
+from experiments.common import compare
 from experiments.language_modeling.config import DataConfig, LanguageConfig, ModelConfig
 
 
@@ -58,7 +59,6 @@ def solvers(forward: int, backward: int) -> dict[str, Any]:
 
 
 PROSE = LanguageConfig(
-    workdir="runs/prose",
     model=ModelConfig(
         features=96, heads=4, hidden=256, memory=32, dropout=0.15, init_std=0.1
     ),
@@ -74,7 +74,6 @@ PROSE = LanguageConfig(
 )  # fmt: skip
 
 WIKITEXT2 = LanguageConfig(
-    workdir="runs/wikitext2_small",
     model=ModelConfig(
         features=128, heads=4, hidden=512, memory=64, cutoffs=(2000, 10_000), div_val=2,
         dropout=0.05, init_std=0.1,
@@ -95,7 +94,6 @@ WIKITEXT2 = LanguageConfig(
 )  # fmt: skip
 
 _LARGE = LanguageConfig(
-    workdir="runs/wikitext103",
     model=ModelConfig(
         features=700, heads=10, hidden=48_000, memory=150, cutoffs=(20_000, 40_000, 200_000),
         div_val=4, dropout=0.05,
@@ -114,12 +112,10 @@ _LARGE = LanguageConfig(
 )  # fmt: skip
 
 
-def _regularised(workdir: str, forward: int, backward: int, **jac: Any) -> LanguageConfig:
+def _regularised(forward: int, backward: int, pre_norm: bool = False, **jac: Any) -> LanguageConfig:
     """The large model with the penalty."""
-    pre_norm = "preln" in workdir
     return dataclasses.replace(
         _LARGE,
-        workdir=workdir,
         model=dataclasses.replace(_LARGE.model, pre_norm=pre_norm),
         data=dataclasses.replace(_LARGE.data, eval_memory=300),
         **solvers(forward, backward),
@@ -128,23 +124,20 @@ def _regularised(workdir: str, forward: int, backward: int, **jac: Any) -> Langu
     )
 
 
-PRESETS: dict[str, LanguageConfig] = {
-    "prose": PROSE,
-    "wikitext2_small": WIKITEXT2,
-    "wikitext103": _LARGE,
-    "wikitext103_jr": _regularised(
-        "runs/wikitext103_jr", 12, 13, gamma=1.9, prob=0.35, increment_every=35_000
+PRESETS: dict[str, LanguageConfig] = compare.in_runs(
+    prose=PROSE,
+    wikitext2_small=WIKITEXT2,
+    wikitext103=_LARGE,
+    wikitext103_jr=_regularised(12, 13, gamma=1.9, prob=0.35, increment_every=35_000),
+    wikitext103_preln_jr=_regularised(
+        14, 14, pre_norm=True, gamma=2.0, prob=0.4, increment_every=30_000
     ),
-    "wikitext103_preln_jr": _regularised(
-        "runs/wikitext103_preln_jr", 14, 14, gamma=2.0, prob=0.4, increment_every=30_000
-    ),
-    "wikitext103_transformer": dataclasses.replace(
+    wikitext103_transformer=dataclasses.replace(
         _LARGE,
-        workdir="runs/wikitext103_transformer",
         model=dataclasses.replace(
             _LARGE.model, name="explicit", features=600, hidden=2400, layers=18
         ),
         train=dataclasses.replace(_LARGE.train, warmup_steps=0),
         eval=EvalConfig(),
     ),
-}
+)

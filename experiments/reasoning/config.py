@@ -219,7 +219,6 @@ def variants(config: ReasoningConfig) -> dict[str, ReasoningConfig]:
 
 
 _ADDITION = ReasoningConfig(
-    workdir="runs/addition",
     arms=("fixed", "fixed_recall", "random_recall_penalty", "deq"),
     solver=SolverConfig(name="picard", tol=1e-12, max_steps=8, keep="last"),
     backward=BackwardConfig(name="backprop"),
@@ -232,7 +231,6 @@ _ADDITION = ReasoningConfig(
 
 _CARRY = dataclasses.replace(
     _ADDITION,
-    workdir="runs/carry",
     arms=("fixed", "fixed_recall", "random", "random_recall", "deq", "deq_unroll"),
     model=ModelConfig(features=32, heads=4, hidden=64, window=3),
     data=DataConfig(name="carry", size=16, test_examples=250),
@@ -240,11 +238,10 @@ _CARRY = dataclasses.replace(
     train=dataclasses.replace(_ADDITION.train, steps=1000, batch_size=64, checkpoint_every=1000),
 )
 
-PRESETS = {
-    "addition": _ADDITION,
-    "addition_grid": dataclasses.replace(
+PRESETS = compare.in_runs(
+    addition=_ADDITION,
+    addition_grid=dataclasses.replace(
         _ADDITION,
-        workdir="runs/addition_grid",
         arms=(
             "fixed",
             "fixed_penalty",
@@ -263,18 +260,16 @@ PRESETS = {
         ),  # fmt: skip
         seeds=(0, 1, 2),
     ),
-    "carry": _CARRY,
-    "sudoku4": dataclasses.replace(
+    carry=_CARRY,
+    sudoku4=dataclasses.replace(
         _ADDITION,
-        workdir="runs/sudoku4",
         arms=("fixed", "fixed_recall", "random_recall", "deq"),
         data=DataConfig(name="sudoku4"),
     ),
-    "denoising": dataclasses.replace(
+    denoising=dataclasses.replace(
         _ADDITION,
-        workdir="runs/denoising",
         arms=("fixed_recall", "fixed_recall_denoise"),
         data=DataConfig(name="sudoku4"),
         solver=dataclasses.replace(_ADDITION.solver, max_steps=6),
     ),
-}
+)

@@ -39,7 +39,7 @@ from __future__ import annotations
 import dataclasses
 
 from deq_jax.training import EvalConfig, JacConfig, OptimConfig, TrainConfig
-from experiments.common import mdeq
+from experiments.common import compare, mdeq
 from experiments.segmentation.config import DataConfig, ModelConfig, SegmentationConfig
 
 CITYSCAPES_EXAMPLES = 2975
@@ -83,7 +83,6 @@ CITYSCAPES_SGD = OptimConfig(
     name="sgd", lr=0.01, end_lr=1e-6, momentum=0.9, nesterov=False, weight_decay=2e-4
 )
 CITYSCAPES_SMALL = SegmentationConfig(
-    workdir="runs/cityscapes_small",
     model=SMALL,
     data=DataConfig(
         name="cityscapes",
@@ -101,24 +100,21 @@ CITYSCAPES_SMALL = SegmentationConfig(
 )
 LARGE_SGD = dataclasses.replace(CITYSCAPES_SGD, weight_decay=3e-4)
 
-PRESETS = {
-    "cityscapes_small": CITYSCAPES_SMALL,
-    "cityscapes_large": dataclasses.replace(
+PRESETS = compare.in_runs(
+    cityscapes_small=CITYSCAPES_SMALL,
+    cityscapes_large=dataclasses.replace(
         CITYSCAPES_SMALL,
-        workdir="runs/cityscapes_large",
         model=dataclasses.replace(SMALL, channels=(80, 160, 320, 640), dropout=0.03),
         optim=LARGE_SGD,
     ),
-    "cityscapes_xl": dataclasses.replace(
+    cityscapes_xl=dataclasses.replace(
         CITYSCAPES_SMALL,
-        workdir="runs/cityscapes_xl",
         model=dataclasses.replace(SMALL, channels=(88, 176, 352, 704), expansion=6, dropout=0.04),
         data=dataclasses.replace(CITYSCAPES_SMALL.data, crop=(768, 1024)),
         optim=LARGE_SGD,
         train=cityscapes_schedule(8, 40_000),
     ),
-    "camvid_small": SegmentationConfig(
-        workdir="runs/camvid_small",
+    camvid_small=SegmentationConfig(
         model=ModelConfig(classes=11, channels=(24, 32, 48), expansion=3, downsample=2),
         data=DataConfig(
             name="camvid",
@@ -143,4 +139,4 @@ PRESETS = {
         eval=EvalConfig(max_steps=12, budgets=(2, 4, 8), spectral_batches=1, spectral_iters=50),
         **mdeq.broyden(8, 8, "rel"),
     ),
-}
+)
