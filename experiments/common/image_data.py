@@ -1,17 +1,11 @@
-"""Labelled images of an experiment: settings, and batches for this process."""
+"""Settings of labelled images, which experiments share."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Literal
 
-import jax
-
-from deq_jax.data import pipeline
-from deq_jax.data.records import Augment, Source, Transform
-from deq_jax.training import distributed, option, require
-from experiments.common.run import Data
+from deq_jax.training import option, require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,51 +36,11 @@ class ImageDataConfig:
         require(self.workers >= 0, "workers", "at least 0", self.workers)
         require(self.eval_batch_size >= 1, "eval_batch_size", "at least 1", self.eval_batch_size)
 
-
-def open_images(
-    config: Any,
-    train: Source,
-    test: Source,
-    *,
-    transform: Transform,
-    augment: Augment | None,
-    eval_transform: Transform | None = None,
-) -> Data:
-    """Batches of a set.
-
-    Args:
-      config: train and data, an `ImageDataConfig`, are read.
-      train: training examples.
-      test: evaluation examples.
-      transform: of every example.
-      augment: random change of a training example.
-      eval_transform: of evaluation examples, if another one.
-
-    Returns:
-      The batches.
-
-    Raises:
-      UsageError: a batch does not divide by the processes.
-    """
-    data, shard = config.data, (jax.process_index(), jax.process_count())
-    size = distributed.per_process("train.batch_size", config.train.batch_size)
-    eval_size = distributed.per_process("data.eval_batch_size", data.eval_batch_size)
-    common: Any = {"shard": shard, "on_corrupt": data.on_corrupt}
-    batches = pipeline.train_iterator(
-        train,
-        batch_size=size,
-        seed=config.train.seed,
-        transform=transform,
-        augment=augment,
-        workers=data.workers,
-        **common,
-    )
-    one_pass = functools.partial(
-        pipeline.eval_batches,
-        test,
-        batch_size=eval_size,
-        transform=eval_transform or transform,
-        threads=data.workers,
-        **common,
-    )
-    return Data(batches, one_pass)
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How `run.open_batches` reads."""
+        return {
+            "eval_batch": self.eval_batch_size,
+            "workers": self.workers,
+            "on_corrupt": self.on_corrupt,
+        }

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
-from deq_jax.training import DataIterator, EvalData, Task, train, workdir
+from deq_jax.data import pipeline
+from deq_jax.data.records import Augment, OnCorrupt, Source, Transform
+from deq_jax.training import Config, DataIterator, EvalData, Task, distributed, train, workdir
 from deq_jax.training.parallel import make_mesh
 from experiments.common import compare, diagnose, dry_run, reporting
 from experiments.common.reporting import Trained
@@ -21,6 +25,61 @@ class Data:
 
     train: DataIterator
     eval: EvalData
+
+
+def open_batches(
+    config: Config,
+    train: Source,
+    test: Source,
+    *,
+    eval_batch: int,
+    transform: Transform | None = None,
+    augment: Augment | None = None,
+    eval_transform: Transform | None = None,
+    workers: int = 0,
+    on_corrupt: OnCorrupt = "stop",
+) -> Data:
+    """Cuts two sets of examples into batches for this process.
+
+    Args:
+      config: train is read.
+      train: training examples.
+      test: evaluation examples.
+      eval_batch: examples in an evaluation batch, over all processes.
+      transform: of every example.
+      augment: random change of a training example.
+      eval_transform: of evaluation examples, if another one.
+      workers: processes that read training examples, and threads that read the others.
+      on_corrupt: see `pipeline.train_iterator`.
+
+    Returns:
+      The batches.
+
+    Raises:
+      UsageError: a batch does not divide by the processes.
+    """
+    common: Any = {
+        "shard": (jax.process_index(), jax.process_count()),
+        "on_corrupt": on_corrupt,
+    }
+    batches = pipeline.train_iterator(
+        train,
+        batch_size=distributed.per_process("train.batch_size", config.train.batch_size),
+        seed=config.train.seed,
+        transform=transform,
+        augment=augment,
+        workers=workers,
+        **common,
+    )
+    one_pass = functools.partial(
+        pipeline.eval_batches,
+        test,
+        batch_size=distributed.per_process("the evaluation batch", eval_batch),
+        transform=eval_transform or transform,
+        threads=workers,
+        **common,
+    )
+    return Data(batches, one_pass)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

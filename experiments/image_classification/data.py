@@ -7,8 +7,7 @@ from typing import Any
 from deq_jax.data import augment, hub, images, pipeline, sources
 from deq_jax.data.records import Reader
 from deq_jax.training import UsageError
-from experiments.common.image_data import open_images
-from experiments.common.run import Data
+from experiments.common.run import Data, open_batches
 from experiments.image_classification.config import HUB, DataConfig, ImageConfig
 
 # Of the size that the model sees: ImageNet is evaluated on the centre of images of 256.
@@ -36,13 +35,14 @@ def open_data(config: ImageConfig) -> Data:
         standardize = images.Standardize.of(train)
     resized = augment.ResizeCrop(round(RESIZE * data.size), data.size)
     fixed = augment.Then((resized, standardize)) if data.augment == "resized_crop" else standardize
-    return open_images(
+    return open_batches(
         config,
         train,
         test,
         transform=standardize,
         augment=build_augment(data),
         eval_transform=fixed,
+        **data.reading,
     )
 
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from functools import cache, partial
-from typing import Any
+from functools import cache
 
-import jax
 import numpy as np
 
-from deq_jax.data import pipeline
 from deq_jax.data.records import Record
-from deq_jax.training import EvalData, UsageError, distributed
-from experiments.common.run import Data
+from deq_jax.training import UsageError
+from experiments.common.run import Data, open_batches
 from experiments.reasoning.config import DataConfig, ReasoningConfig
 
 PLUS, EQUALS, HIDDEN = 10, 11, 12
@@ -252,25 +249,6 @@ def _draw(config: DataConfig, count: int, seed: int, *, test: bool) -> Puzzles:
     return sudoku4(count, seed, test=test)
 
 
-def batches(config: ReasoningConfig, puzzles: Puzzles) -> Any:
-    """Endless training batches.
-
-    Args:
-      config: the whole configuration.
-      puzzles: from `training_set`.
-
-    Returns:
-      The iterator.
-    """
-    return pipeline.train_iterator(
-        puzzles,
-        batch_size=distributed.per_process("train.batch_size", config.train.batch_size),
-        seed=config.train.seed,
-        augment=reveal if config.data.hidden else None,
-        shard=(jax.process_index(), jax.process_count()),
-    )
-
-
 def open_data(config: ReasoningConfig) -> Data:
     """Draws the puzzles.
 
@@ -284,7 +262,7 @@ def open_data(config: ReasoningConfig) -> Data:
       UsageError: a batch does not divide by the processes.
     """
     first, *_ = test_sets(config.data).values()
-    size = distributed.per_process("the evaluation batch", EVAL_BATCH)
-    shard = jax.process_index(), jax.process_count()
-    evaluate: EvalData = partial(pipeline.eval_batches, first, batch_size=size, shard=shard)
-    return Data(batches(config, training_set(config.data)), evaluate)
+    augment = reveal if config.data.hidden else None
+    return open_batches(
+        config, training_set(config.data), first, eval_batch=EVAL_BATCH, augment=augment
+    )

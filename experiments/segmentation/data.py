@@ -12,8 +12,7 @@ from deq_jax.data.records import Readable, Reader, Source
 from deq_jax.data.segmentation import Classes
 from deq_jax.training import UsageError
 from experiments.common import mdeq
-from experiments.common.image_data import open_images
-from experiments.common.run import Data
+from experiments.common.run import Data, open_batches
 from experiments.segmentation.config import SegmentationConfig
 
 CLASSES = {"camvid": segmentation.CAMVID, "cityscapes": segmentation.CITYSCAPES}
@@ -63,7 +62,7 @@ def open_data(config: SegmentationConfig) -> Sets:
         raise UsageError(f"{data.name} at full size: {error}") from None
     height, width = data.crop
     crop = segmentation.RandomScaleCropFlip(height, width, data.scale_low, data.scale_high)
-    opened = open_images(config, train, test, transform=NORMALIZE, augment=crop)
+    opened = open_batches(config, train, test, transform=NORMALIZE, augment=crop, **data.reading)
     return Sets(
         train=opened.train,
         eval=opened.eval,

@@ -19,7 +19,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 import deq_jax as deq
-from deq_jax.data import pipeline
 from deq_jax.models import MLPDEQ
 from deq_jax.training import (
     EvalConfig,
@@ -38,7 +37,7 @@ from deq_jax.training.task import forward
 from experiments.common import reporting
 from experiments.common.compare import ComparedConfig
 from experiments.common.reporting import NAMES, Trained
-from experiments.common.run import Data, Experiment
+from experiments.common.run import Data, Experiment, open_batches
 from experiments.image_classification.task import cross_entropy
 
 
@@ -82,12 +81,8 @@ def spirals(config: SpiralsConfig, count: int, seed: int) -> list[Any]:
 
 def open_data(config: SpiralsConfig) -> Data:
     """Draws the points."""
-    shard = jax.process_index(), jax.process_count()
-    size = distributed.per_process("train.batch_size", config.train.batch_size)
-    points = spirals(config, 4096, 0)
-    train = pipeline.train_iterator(points, batch_size=size, seed=config.train.seed, shard=shard)
-    test = spirals(config, 1024, 1)
-    return Data(train, partial(pipeline.eval_batches, test, batch_size=size, shard=shard))
+    train, test = spirals(config, 4096, 0), spirals(config, 1024, 1)
+    return open_batches(config, train, test, eval_batch=config.train.batch_size)
 
 
 def build_task(config: SpiralsConfig, mesh: Mesh, data: Any) -> Task:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from deq_jax.data import pipeline, synthetic
+from deq_jax.data import synthetic
 from deq_jax.models.mlp import ScalarDEQ
-from deq_jax.training import Batch, Mean, Task, distributed
+from deq_jax.training import Batch, Mean, Task
 from deq_jax.training.parallel import solve_options
 from experiments.common import compare
-from experiments.common.run import Data
+from experiments.common.run import Data, open_batches
 from experiments.toy_regression.config import ToyConfig
 
 EVAL_BATCH = 256
@@ -81,13 +80,4 @@ def open_data(config: ToyConfig) -> Data:
     data = config.data
     pairs = synthetic.regression(data.train_pairs, seed=data.seed, noise=data.noise)
     test = synthetic.regression(data.test_pairs, seed=data.seed + 1, noise=data.noise)
-    shard = jax.process_index(), jax.process_count()
-    size = distributed.per_process("train.batch_size", config.train.batch_size)
-    eval_size = distributed.per_process("the evaluation batch", EVAL_BATCH)
-    batches = pipeline.train_iterator(
-        pairs,
-        batch_size=size,
-        seed=config.train.seed,
-        shard=shard,
-    )
-    return Data(batches, partial(pipeline.eval_batches, test, batch_size=eval_size, shard=shard))
+    return open_batches(config, pairs, test, eval_batch=EVAL_BATCH)
