@@ -121,7 +121,7 @@ def _train(program: Any, config: Any, task: Any, mesh: Any, steps: int) -> dict:
         state, means = program(state, batch)
         shown = metrics.compute(jax.device_get(means))
         losses.append(shown["loss"])
-        counts.append(shown.get("nfe", math.nan))
+        counts.append(shown.get("fwd_steps", math.nan))
     return {
         "step_s": (time.perf_counter() - began) / steps,
         "losses": losses,
