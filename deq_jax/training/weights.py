@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from deq_jax import __version__, folders
 from deq_jax.errors import UsageError
@@ -342,15 +343,13 @@ def _load_file(path: Path) -> tuple[Any, Any]:
             f"the arrays in {path} were altered: their CRC-32 is {found}, and {recorded} was "
             "recorded; copy or export the file again"
         )
-    tree: dict[str, Any] = {}
-    for name, array in arrays.items():
-        *above, last = name.split("/")
-        node = tree
-        for part in above:
-            node = node.setdefault(part, {})
+
+    def place(array: np.ndarray) -> Any:
         # JAX without x64 would narrow what has 64 bits.
         kept = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
-        node[last] = jnp.asarray(array) if kept else array
+        return jnp.asarray(array) if kept else array
+
+    tree = unflatten_dict({n: place(array) for n, array in arrays.items()}, sep="/")
     return tree.pop("params"), tree
 
 
