@@ -42,6 +42,20 @@ def test_a_command_shows_means_and_deviations(runs):
     ]
 
 
+def test_a_measure_is_drawn_over_its_budgets(runs, tmp_path, capsys):
+    _, folders = runs
+    out, names = tmp_path / "all", list(map(str, folders))
+    collect.main(["--curve=accuracy", f"--out={out}", *names])
+    assert out.with_suffix(".png").stat().st_size > 1000
+    with pytest.raises(
+        UsageError, match="got --curve='acc'; wanted a measure at budgets, of accuracy 2"
+    ):
+        collect.main(["--curve=acc", f"--out={out}", *names])
+    with pytest.raises(SystemExit):
+        collect.main(["--curve=accuracy", *names])
+    assert "got --curve; wanted --out" in capsys.readouterr().err
+
+
 def test_a_setting_makes_the_columns(runs, tmp_path, capsys):
     write, _ = runs
     for seed, gamma, score in [(0, 1.0, 0.5), (1, 1.0, 0.75), (0, 0.0, 0.25)]:

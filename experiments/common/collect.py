@@ -1,13 +1,15 @@
 """Mean and standard deviation of runs that differ in their seed, or in one more setting.
 
     python -m experiments.common.collect runs/digits-0 runs/digits-1 runs/digits-2
+    python -m experiments.common.collect --curve=accuracy --out=runs/digits runs/digits-*
     python -m experiments.common.collect --by=jac.gamma --out=runs/gamma \
         --plot="accuracy 2" --plot=spectral_radius runs/gamma-*
 
 Reads the results.json of every folder.  The table has a column for each model, or for each value of
 the setting ``--by``, which the config.json of a run knows, and a row for each number; a number that
 some run does not have is left out.  ``--out`` writes the table and the numbers of all runs as .md
-and .json, and a curve over ``--by`` for each ``--plot`` as .png.
+and .json, and a .png: a panel for each ``--plot`` over ``--by``; or, of the measure ``--curve`` at
+several budgets, a line over solver steps for each run.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -166,6 +169,43 @@ def draw(columns: Columns, by: str, names: Sequence[str], path: Path) -> None:
     reporting.save(figure, path)
 
 
+def draw_curve(columns: Columns, name: str, path: Path) -> None:
+    """Draws a measure over the number of solver steps: a thin line for each run, and their means.
+
+    Args:
+      columns: of `gather`.
+      name: of the measure, whose numbers are "name budget".
+      path: of the PNG.
+
+    Raises:
+      UsageError: the runs have no such measure.
+    """
+    first = next(iter(columns.values()))[0]
+    budgets = [
+        int(key.split()[-1]) for key in first if re.fullmatch(rf"{re.escape(name)} \d+", key)
+    ]
+    if not budgets:
+        raise UsageError(
+            f"got --curve={name!r}; wanted a measure at budgets, of {', '.join(first)}"
+        )
+    figure, ((axis,),) = reporting.new_figure(1, 1, (5.2, 3.8))
+    for i, (model, runs) in enumerate(columns.items()):
+        label, color = (
+            reporting.NAMES.get(model, model),
+            reporting.COLORS[i % len(reporting.COLORS)],
+        )
+        lines = [[run[f"{name} {budget}"] for budget in budgets] for run in runs]
+        for line in lines:
+            axis.plot(budgets, line, color=color, linewidth=0.8, alpha=0.5)
+        means = [_mean(values) for values in zip(*lines, strict=True)]
+        axis.plot(budgets, means, color=color, marker="so^v"[i % 4], label=f"{label}, mean")
+    axis.set(xlabel="solver steps (evaluations of f)", ylabel=name, xscale="log")
+    axis.set_xticks(budgets, list(map(str, budgets)))
+    axis.minorticks_off()
+    axis.legend(frameon=False)
+    reporting.save(figure, path)
+
+
 def _mean(values: Sequence[float]) -> float:
     known = [value for value in values if math.isfinite(value)]
     return statistics.fmean(known) if known else math.nan
@@ -181,10 +221,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="workdirs of the runs")
     parser.add_argument("--by", default="", help="a setting whose values are the columns")
     parser.add_argument("--plot", action="append", default=[], help="a number to draw over --by")
+    parser.add_argument("--curve", default="", help="a measure to draw over solver steps")
     parser.add_argument("--out", type=Path, help="path of .md, .json and .png, without its suffix")
     options = parser.parse_args(arguments)
     if options.plot and not (options.by and options.out):
         parser.error("got --plot; wanted --by and --out as well")
+    if options.curve and (options.plot or not options.out):
+        parser.error("got --curve; wanted --out as well, and no --plot")
     columns = gather(options.folders, options.by)
     text = table(columns, options.by)
     sys.stdout.write(text)
@@ -194,6 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.out.with_suffix(".json").write_text(json.dumps(columns, indent=1) + "\n", "utf-8")
     if options.plot:
         draw(columns, options.by, options.plot, options.out.with_suffix(".png"))
+    if options.curve:
+        draw_curve(columns, options.curve, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
