@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import statistics
 import sys
@@ -146,6 +145,8 @@ def table(columns: Columns, by: str = "") -> str:
 def draw(columns: Columns, by: str, names: Sequence[str], path: Path) -> None:
     """Draws numbers over the values of a setting: their mean, and a dot for each run.
 
+    Where a number of some run is not finite there is no mean.
+
     Args:
       columns: of `gather`.
       by: the setting.
@@ -162,7 +163,7 @@ def draw(columns: Columns, by: str, names: Sequence[str], path: Path) -> None:
                 known = ", ".join(runs[0])
                 raise UsageError(f"got --plot={name!r}; wanted a number of all runs: {known}")
             axis.plot([place] * len(runs), [run[name] for run in runs], ".", color="0.6")
-        means = [_mean([run[name] for run in runs]) for runs in columns.values()]
+        means = [statistics.fmean(run[name] for run in runs) for runs in columns.values()]
         axis.plot(range(len(means)), means, "o-", color=reporting.COLORS[1])
         axis.set_xticks(range(len(columns)), list(columns))
         axis.set(xlabel=by, title=name)
@@ -197,18 +198,13 @@ def draw_curve(columns: Columns, name: str, path: Path) -> None:
         lines = [[run[f"{name} {budget}"] for budget in budgets] for run in runs]
         for line in lines:
             axis.plot(budgets, line, color=color, linewidth=0.8, alpha=0.5)
-        means = [_mean(values) for values in zip(*lines, strict=True)]
+        means = [statistics.fmean(values) for values in zip(*lines, strict=True)]
         axis.plot(budgets, means, color=color, marker="so^v"[i % 4], label=f"{label}, mean")
     axis.set(xlabel="solver steps (evaluations of f)", ylabel=name, xscale="log")
     axis.set_xticks(budgets, list(map(str, budgets)))
     axis.minorticks_off()
     axis.legend(frameon=False)
     reporting.save(figure, path)
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if math.isfinite(value)]
-    return statistics.fmean(known) if known else math.nan
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
