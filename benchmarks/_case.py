@@ -79,6 +79,8 @@ def serve(measure: Callable[[dict], dict], main: Callable[[], None]) -> None:
         return main()
     request = json.loads(sys.argv[1])
     case = request.get("case", {})
+    if "compare" in request:
+        os.environ["JAX_PLATFORMS"] = "cpu"
     if "threads" in case and case.get("device", "cpu") == "cpu":
         _limit_threads(case["threads"])
     print(json.dumps(measure(request)))
@@ -101,19 +103,6 @@ def same_networks(module: str, names: Sequence[str]) -> list[dict]:
         if "error" in answer or not all(n <= 1e-4 for n in differences):
             sys.exit(f"the two networks differ: {answer}")
     return answers
-
-
-def relative_difference(ours: Any, theirs: Any) -> float:
-    """Compares two arrays.
-
-    Args:
-        ours: an array.
-        theirs: a numpy array of the same shape.
-
-    Returns:
-        The largest difference over the largest value.
-    """
-    return float(abs(ours - theirs).max() / abs(theirs).max())
 
 
 def _limit_threads(threads: int) -> None:
@@ -141,6 +130,22 @@ def machine(device: str = "cpu") -> str:
 
         return torch.cuda.get_device_name()
     return platform.processor() or platform.machine()
+
+
+def compiled(function: Callable[..., Any], *operands: Any) -> Callable[[], Any]:
+    """Compiles a function of JAX.
+
+    Args:
+        function: of arrays.
+        operands: the only ones that it will get.
+
+    Returns:
+        What runs it, and blocks until it is done.
+    """
+    import jax
+
+    program = jax.jit(function).lower(*operands).compile()
+    return lambda: jax.block_until_ready(program(*operands))
 
 
 def timed(

@@ -8,7 +8,8 @@ libraries.  As in deq_jax, keys and values that no evaluation of f changes are c
 # pyright: reportMissingImports=false
 
 import math
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks._case import PENALTY
-from benchmarks._torch import Equilibrium, WeightNorm, refresh, start, state_of
+from benchmarks._torch import Equilibrium, WeightNorm, refresh, start
 
 STD = 0.01  # of weights that are not under weight norm
 
@@ -103,16 +104,6 @@ def _shift(scores: torch.Tensor) -> torch.Tensor:
     return rows.reshape(scores.shape)
 
 
-class _FeedForward(nn.Module):
-    def __init__(self, features: int, hidden: int) -> None:
-        super().__init__()
-        self.ff1_net = _Normed(features, hidden, window=False)
-        self.ff2_net = _Normed(hidden, features, window=False)
-
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return self.ff2_net(F.relu(self.ff1_net(h)))
-
-
 class _Cell(nn.Module):
     """The map that is iterated; its layer normalisation has no parameters."""
 
@@ -120,7 +111,9 @@ class _Cell(nn.Module):
         super().__init__()
         self.features = size.features
         self.dec_attn = _Attention(size.features, size.heads)
-        self.pos_ff = _FeedForward(size.features, size.hidden)
+        up = _Normed(size.features, size.hidden, window=False)
+        down = _Normed(size.hidden, size.features, window=False)
+        self.pos_ff = nn.Sequential(OrderedDict(ff1_net=up, relu=nn.ReLU(), ff2_net=down))
 
     def forward(self, z: torch.Tensor, x: _Fixed) -> torch.Tensor:
         h = self.norm(z + self.dec_attn(z, x))
@@ -130,68 +123,48 @@ class _Cell(nn.Module):
         return F.layer_norm(h, (self.features,), eps=1e-5)
 
 
-class _Embedding(nn.Module):
-    """Of words, all in one cluster."""
-
-    def __init__(self, words: int, features: int) -> None:
-        super().__init__()
-        self.emb_layers = nn.ModuleList([nn.Embedding(words, features)])
-        self.scale = math.sqrt(features)
-        nn.init.normal_(self.table, 0, STD)
-
-    @property
-    def table(self) -> nn.Parameter:
-        """The vectors, [V, C]."""
-        return self.get_parameter("emb_layers.0.weight")
-
-    def forward(self, words: torch.Tensor) -> torch.Tensor:
-        return self.emb_layers[0](words) * self.scale
-
-
-class _Criterion(nn.Module):
-    """The softmax over all words, its matrix tied to the embedding's table."""
-
-    def __init__(self, table: nn.Parameter) -> None:
-        super().__init__()
-        self.out_layers = nn.ModuleList([nn.Linear(*table.shape[::-1])])
-        self.out_layers[0].weight = table
-        nn.init.zeros_(self.get_parameter("out_layers.0.bias"))
-
-    def forward(self, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        scores = self.out_layers[0](z).flatten(0, 1)
-        return F.cross_entropy(scores, targets.flatten(), reduction="none").view(targets.shape)
-
-
 class _Transformer(nn.Module):
     """Embedding, injection, cell and softmax; the solve sits between the last two."""
 
     def __init__(self, size: Any) -> None:
         super().__init__()
-        self.word_emb = _Embedding(size.words, size.features)
+        table = nn.Embedding(size.words, size.features)
+        softmax = nn.Linear(size.features, size.words)
+        softmax.weight = table.weight
+        nn.init.zeros_(softmax.bias)
+        self.word_emb = nn.ModuleDict({"emb_layers": nn.ModuleList([table])})
         self.inject_conv = nn.Conv1d(size.features, 3 * size.features, 1)
         self.func = _Cell(size)
-        self.crit = _Criterion(self.word_emb.table)
-        nn.init.normal_(self.inject_conv.weight, 0, STD)
+        self.crit = nn.ModuleDict({"out_layers": nn.ModuleList([softmax])})
+        for weight in (table.weight, self.inject_conv.weight):
+            nn.init.normal_(weight, 0, STD)
 
     def inject(self, words: torch.Tensor, z: torch.Tensor, u: torch.Tensor) -> _Fixed:
         """From words [B, T] and the memory to what f is given; weights are normalised here."""
         refresh(self.func)
         # A convolution of one position is a matrix, and faster as such for this layout.
         conv = self.inject_conv
-        own = F.linear(self.word_emb(words), conv.weight.squeeze(-1), conv.bias)
+        embedded = self.word_emb["emb_layers"][0](words) * math.sqrt(self.func.features)
+        own = F.linear(embedded, conv.weight.squeeze(-1), conv.bias)
         return self.func.dec_attn.fixed(own, z, u)
+
+    def nll(self, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """From states [B, T, C] to the negative log-likelihoods of the targets [B, T]."""
+        scores = self.crit["out_layers"][0](z).flatten(0, 1)
+        return F.cross_entropy(scores, targets.flatten(), reduction="none").view(targets.shape)
 
 
 def build(
-    case: Any, size: Any, history: int, text: Any
-) -> tuple[Callable[[], Any], Callable[[], dict]]:
+    case: Any, size: Any, history: int, batch: dict, remembered: Sequence[np.ndarray]
+) -> tuple[Callable[[], Any], Callable[[], dict[str, float]]]:
     """Sets one case up.
 
     Args:
         case: a `benchmarks.language.Case`; its form is "compiled", or else f runs eagerly.
         size: of its model.
         history: iterates that Anderson keeps.
-        text: a `benchmarks.language.Segment`.
+        batch: "words" and "targets", [B, T].
+        remembered: states [B, M, C], and injections into keys and values [B, M, 2C].
 
     Returns:
         What runs a step or an inference, and what gives the evaluations of f and the products with
@@ -200,13 +173,12 @@ def build(
     device = start(case.device, 1 if case.form == "eager, 1 thread" else case.threads)
     train = case.task != "infer"
     net = _Transformer(size).train(train).to(device)
-    words, targets = (torch.from_numpy(a).long().to(device) for a in (text.words, text.targets))
-    z_memory, u_memory = (torch.from_numpy(a).to(device) for a in (text.z, text.u))
+    words, targets = (torch.from_numpy(batch[k]).long().to(device) for k in ("words", "targets"))
+    z_memory, u_memory = (torch.from_numpy(a).to(device) for a in remembered)
     # torchdeq's Broyden makes one evaluation more than its steps; its Anderson does not.
     solve = Equilibrium(
         net.func,
-        case.form,
-        case.task,
+        case,
         memory={"m": history},
         f_solver="anderson",
         b_solver="broyden",
@@ -218,23 +190,19 @@ def build(
         net.zero_grad(set_to_none=True)
         with torch.set_grad_enabled(train):
             x = net.inject(words, z_memory, u_memory)
-            zeros = torch.zeros_like(x.u[..., : size.features])
-            z = solve(lambda cell, z: cell(z, x), zeros, train)
-            nll = net.crit(z, targets)
+            z = solve(lambda cell, z: cell(z, x), torch.zeros_like(x.u[..., : size.features]))
+            nll = net.nll(z, targets)
         if train:
             (nll.mean() + PENALTY * solve.penalty).backward()
-        u = x.u.detach()[..., z.shape[2] :]
+        u = x.u.detach()[..., size.features :]
         after = _remember(z_memory, z.detach()), _remember(u_memory, u)
         if device == "cuda":
             torch.cuda.synchronize()
         return after
 
-    def counts() -> dict:
-        return {"evaluations": float(solve.evaluations), "products": float(solve.products)}
-
     if case.form == "compiled":
         run()  # compiling takes memory of its own
-    return run, counts
+    return run, solve.counts
 
 
 def _remember(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -242,12 +210,15 @@ def _remember(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return torch.cat([old, new], dim=1)[:, new.shape[1] :]
 
 
-def reference(size: Any, text: Any) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray]:
+def reference(
+    size: Any, batch: dict, remembered: Sequence[np.ndarray]
+) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray]:
     """Evaluates the network at a random state, for the comparison with deq_jax.
 
     Args:
         size: of the model.
-        text: a `benchmarks.language.Segment`.
+        batch: see `build`.
+        remembered: see `build`.
 
     Returns:
         Its state dict, z, f(z), and the negative log-likelihoods at z.
@@ -260,9 +231,10 @@ def reference(size: Any, text: Any) -> tuple[dict, np.ndarray, np.ndarray, np.nd
             parameter.data += 0.3 * torch.randn_like(parameter)
         elif "weight_v" not in label:
             parameter.data *= 10  # scores so small would not tell the words apart
-    words, targets = (torch.from_numpy(a).long() for a in (text.words, text.targets))
+    words, targets = (torch.from_numpy(batch[key]).long() for key in ("words", "targets"))
     z = torch.randn(*words.shape, size.features)
     with torch.no_grad():
-        x = net.inject(words, torch.from_numpy(text.z), torch.from_numpy(text.u))
-        out, nll = net.func(z, x).numpy(), net.crit(z, targets).numpy()
-    return state_of(net), z.numpy(), out, nll
+        x = net.inject(words, *map(torch.from_numpy, remembered))
+        out, nll = net.func(z, x).numpy(), net.nll(z, targets).numpy()
+    state = {name: value.numpy() for name, value in net.state_dict().items()}
+    return state, z.numpy(), out, nll

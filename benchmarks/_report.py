@@ -77,6 +77,32 @@ def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return reporting.table(columns, full)
 
 
+def records(columns: Mapping[str, str | Callable[[dict], str]], rows: Iterable[dict]) -> str:
+    """Lays out a Markdown table with a line for each record.
+
+    Args:
+        columns: name -> what makes its cell of a record: a format of the record's keys, or a
+            function.
+        rows: records; a line ends in "failed" where that of a failed case lacks a key.
+
+    Returns:
+        The table, ending in a newline.
+    """
+
+    def line(row: dict) -> list[str]:
+        cells = []
+        for form in columns.values():
+            try:
+                cells.append(form.format(**row) if isinstance(form, str) else form(row))
+            except KeyError:
+                if "error" not in row:
+                    raise
+                return [*cells, "failed"]
+        return cells
+
+    return table(tuple(columns), map(line, rows))
+
+
 def of_the_best_peer(row: dict, group: Iterable[dict]) -> str:
     """Compares a time with that of PyTorch.
 

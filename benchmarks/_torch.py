@@ -11,7 +11,6 @@ penalty is taken on the evaluation that carries the gradient.
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torchdeq
 from torch import nn
@@ -52,61 +51,60 @@ class Equilibrium:
     """Solves by torchdeq, and counts what the solvers evaluate."""
 
     def __init__(
-        self, cell: nn.Module, form: str, task: str, memory: dict | None = None, **solvers: Any
+        self, cell: nn.Module, case: Any, memory: dict | None = None, **solvers: Any
     ) -> None:
         """Sets the solvers up.
 
         Args:
             cell: f.
-            form: "compiled", or else f runs eagerly.
-            task: "train with JR", or else there is no penalty.
+            case: a gradient is wanted unless its task is "infer", with a penalty if that is "train
+                with JR"; f is compiled if its form is "compiled".
             memory: of the forward solver, in torchdeq's words.
             **solvers: for `torchdeq.get_deq`.
         """
         self._eager = cell
-        self._cell = torch.compile(cell) if form == "compiled" else cell
-        self._penalised = task == "train with JR"
+        self._cell = torch.compile(cell) if case.form == "compiled" else cell
+        self._train, self._penalised = case.task != "infer", case.task == "train with JR"
         self._memory = memory
         self._pulls = 0
         common = {"core": "indexing", "ift": True, "hook_ift": True}
         self._deq = torchdeq.get_deq(f_tol=NEVER, b_tol=NEVER, **common, **solvers)
-        self.evaluations = 0
+        self._evaluations = 0
         self.penalty: Any = 0.0
 
-    @property
-    def products(self) -> int:
-        """Products with the Jacobian in the last backward solve."""
-        # One more pull, after the solve, takes its result to the parameters.
-        return max(self._pulls - 1, 0)
+    def counts(self) -> dict[str, float]:
+        """Evaluations of f and products with its Jacobian in the last solves."""
+        # One more pull, after the backward solve, takes its result to the parameters.
+        products = max(self._pulls - 1, 0)
+        return {"evaluations": float(self._evaluations), "products": float(products)}
 
     def __call__(
-        self, apply: Callable[[Any, torch.Tensor], torch.Tensor], z: torch.Tensor, train: bool
+        self, apply: Callable[[Any, torch.Tensor], torch.Tensor], z: torch.Tensor
     ) -> torch.Tensor:
         """Solves.
 
         Args:
             apply: takes the cell and a state [B, ...]; gives the next state.
             z: start.
-            train: whether a gradient is wanted.
 
         Returns:
             The equilibrium.
         """
-        self.evaluations = self._pulls = 0
+        self._evaluations = self._pulls = 0
 
         def f(z: torch.Tensor) -> torch.Tensor:
             traced = torch.is_grad_enabled()
             # What torch.compile makes cannot be differentiated twice.
             out = apply(self._eager if traced and self._penalised else self._cell, z)
             if not traced:
-                self.evaluations += 1
+                self._evaluations += 1
                 return out
             if self._penalised:  # on the one evaluation that also carries the gradient
                 self.penalty = torchdeq.loss.jac_reg(out, z, vecs=1)
             out.register_hook(self._pull)
             return out
 
-        return self._deq.train(train)(f, z, solver_kwargs=self._memory)[0][-1]
+        return self._deq.train(self._train)(f, z, solver_kwargs=self._memory)[0][-1]
 
     def _pull(self, gradient: torch.Tensor) -> None:
         """Counts a cotangent that arrives at f."""
@@ -131,15 +129,3 @@ def start(device: str, threads: int) -> str:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     return "cuda"
-
-
-def state_of(net: nn.Module) -> dict[str, np.ndarray]:
-    """Reads the weights.
-
-    Args:
-        net: on a CPU.
-
-    Returns:
-        The state dict, as numpy.
-    """
-    return {key: value.numpy() for key, value in net.state_dict().items()}

@@ -9,6 +9,7 @@ libraries.
 
 import functools
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks._case import PENALTY
-from benchmarks._torch import Equilibrium, WeightNorm, refresh, start, state_of
+from benchmarks._torch import Equilibrium, WeightNorm, refresh, start
 
 GROUPS = 8
 EXPANSION = 4  # of a bottleneck
@@ -50,48 +51,28 @@ class _Block(nn.Module):
         return self.gn3(F.relu(h + z))
 
 
-class _Branch(nn.Module):
-    """One resolution's residual block, under its published name."""
-
-    def __init__(self, channels: int, expansion: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([_Block(channels, expansion)])
-
-    def forward(self, z: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
-        return self.blocks[0](z, x)
-
-
-class _Unit(nn.Module):
+def _unit(
+    conv: nn.Module, channels: int, groups: int = GROUPS, affine: bool = True
+) -> nn.Sequential:
     """Convolution and group normalisation."""
-
-    def __init__(self, conv: nn.Module, channels: int, groups: int = GROUPS, affine: bool = True):
-        super().__init__()
-        self.conv, self.gnorm = conv, nn.GroupNorm(groups, channels, affine=affine)
-        self.activation: nn.Module = nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.activation(self.gnorm(self.conv(x)))
+    norm = nn.GroupNorm(groups, channels, affine=affine)
+    return nn.Sequential(OrderedDict(conv=conv, gnorm=norm))
 
 
-class _Resize(nn.Module):
+def _resize(channels: tuple[int, ...], i: int, j: int) -> nn.Module:
     """From branch j to branch i: strided convolutions down, or a 1x1 one and repetition up."""
-
-    def __init__(self, channels: tuple[int, ...], i: int, j: int) -> None:
-        super().__init__()
-        inner, out = channels[j], channels[i]
-        self.factor = 2 ** max(j - i, 0)
-        if j > i:
-            self.net: nn.Module = _Unit(_plain(inner, out, 1, 1), out)
-            return
+    if i == j:
+        return nn.Identity()
+    inner, out = channels[j], channels[i]
+    if j > i:
+        net = _unit(_plain(inner, out, 1, 1), out)
+        net.append(nn.Upsample(scale_factor=2 ** (j - i)))
+    else:
         widths = [inner] * (i - j - 1) + [out]
-        units = [_Unit(_plain(inner, width, 3, 2), width) for width in widths]
-        for unit in units[:-1]:
-            unit.activation = nn.ReLU(inplace=True)
-        self.net = nn.Sequential(*units)
-
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        z = self.net(z)
-        return F.interpolate(z, scale_factor=self.factor) if self.factor > 1 else z
+        net = nn.Sequential(*(_unit(_plain(inner, width, 3, 2), width) for width in widths))
+        for unit in net[:-1]:
+            unit.append(nn.ReLU(inplace=True))
+    return nn.Sequential(OrderedDict(net=net))
 
 
 def _plain(inner: int, out: int, window: int, stride: int) -> nn.Conv2d:
@@ -106,17 +87,18 @@ class _Cell(nn.Module):
     def __init__(self, channels: tuple[int, ...], expansion: int) -> None:
         super().__init__()
         ways = range(len(channels))
-        self.branches = nn.ModuleList(_Branch(c, expansion) for c in channels)
+        blocks = [nn.ModuleList([_Block(c, expansion)]) for c in channels]
+        self.branches = nn.ModuleList(nn.ModuleDict({"blocks": one}) for one in blocks)
         self.fuse_layers = nn.ModuleList(
-            nn.ModuleList(nn.Identity() if i == j else _Resize(channels, i, j) for j in ways)
-            for i in ways
+            nn.ModuleList(_resize(channels, i, j) for j in ways) for i in ways
         )
         self.post_fuse_layers = nn.ModuleList(
-            _Unit(_NormedConv(c, c, 1), c, GROUPS // 2, affine=False) for c in channels
+            _unit(_NormedConv(c, c, 1), c, GROUPS // 2, affine=False) for c in channels
         )
 
     def forward(self, z: list[torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
-        y = [branch(z[i], None if i else x) for i, branch in enumerate(self.branches)]
+        blocks = [branch["blocks"][0] for branch in self.branches]
+        y = [block(z[i], None if i else x) for i, block in enumerate(blocks)]
         out = []
         for i, after in enumerate(self.post_fuse_layers):
             row: Any = self.fuse_layers[i]
@@ -187,39 +169,37 @@ class _MDEQ(nn.Module):
 
 
 def build(
-    case: Any, model: Any, stopped: int, images: np.ndarray, labels: np.ndarray
-) -> tuple[Callable[[], None], Callable[[], dict]]:
+    case: Any, config: Any, batch: dict[str, np.ndarray]
+) -> tuple[Callable[[], None], Callable[[], dict[str, float]]]:
     """Sets one case up.
 
     Args:
         case: a `benchmarks.vision.Case`; its form is "NCHW", "channels_last" or "compiled".
-        model: its sizes.
-        stopped: evaluations of f in inference.
-        images: [B, H, W, 3].
-        labels: [B].
+        config: an `experiments.image_classification.config.ImageConfig`.
+        batch: "image" [B, H, W, 3] and "label" [B].
 
     Returns:
-        What runs a step or an inference, and what gives the evaluations of f in the last run.
+        What runs a step or an inference, and what gives the evaluations of f and the products with
+        its Jacobian in the last run.
     """
     device = start(case.device, case.threads)
     last, train = case.form != "NCHW", case.task != "infer"
     order = torch.channels_last if last else torch.contiguous_format
     place: Any = {"device": device, "memory_format": order}
-    net = _MDEQ(model).train(train).to(**place)
-    inputs = torch.from_numpy(images).permute(0, 3, 1, 2).to(**place)
-    classes = torch.from_numpy(labels).long().to(device)
-    shapes = [(c, 32 >> i, 32 >> i) for i, c in enumerate(model.channels)]
+    net = _MDEQ(config.model).train(train).to(**place)
+    images = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2).to(**place)
+    classes = torch.from_numpy(batch["label"]).long().to(device)
+    shapes = [(c, 32 >> i, 32 >> i) for i, c in enumerate(config.model.channels)]
     sizes = list(map(math.prod, shapes))
     # torchdeq's Broyden makes one evaluation more than its steps.
     solve = Equilibrium(
         net.fullstage,
-        case.form,
-        case.task,
+        case,
         f_solver="broyden",
         b_solver="broyden",
-        f_max_iter=model.forward - 1,
-        b_max_iter=model.backward - 1,
-        eval_f_max_iter=stopped - 1,
+        f_max_iter=config.solver.max_steps - 1,
+        b_max_iter=config.backward.max_steps - 1,
+        eval_f_max_iter=config.eval_steps - 1,
     )
 
     # The state is one matrix [B, D], where each branch lies as its images lie in memory.
@@ -235,9 +215,9 @@ def build(
     def run() -> None:
         net.zero_grad(set_to_none=True)
         with torch.set_grad_enabled(train):
-            x = net.stem(inputs)
+            x = net.stem(images)
             zeros = x.new_zeros(x.shape[0], sum(sizes))
-            z = solve(lambda cell, flat: join(cell(split(flat), x)), zeros, train)
+            z = solve(lambda cell, flat: join(cell(split(flat), x)), zeros)
             logits = net.head(split(z))
         if train:
             (F.cross_entropy(logits, classes) + PENALTY * solve.penalty).backward()
@@ -246,30 +226,31 @@ def build(
 
     if case.form == "compiled":
         run()  # compiling takes memory of its own
-    return run, lambda: {"evaluations": float(solve.evaluations)}
+    return run, solve.counts
 
 
-def reference(model: Any) -> tuple[dict, list, np.ndarray, list, np.ndarray]:
+def reference(
+    model: Any, batch: dict[str, np.ndarray]
+) -> tuple[dict, list[np.ndarray], list[np.ndarray], np.ndarray]:
     """Evaluates the network at a random state, for the comparison with deq_jax.
 
     Args:
         model: sizes.
+        batch: "image" [B, H, W, 3].
 
     Returns:
-        Its state dict, z, x, f(z, x), and the head's logits at z; NHWC.
+        Its state dict, z, f(z, x) for the x of the images, and the head's logits at z; NHWC.
     """
     torch.manual_seed(0)
     net = _MDEQ(model).eval()
     for parameter in net.parameters():  # scales of 1 and biases of 0 would hide a mistake
         if parameter.ndim == 1:
             parameter.data += 0.3 * torch.randn_like(parameter)
-    z = [torch.randn(2, c, 32 >> i, 32 >> i) for i, c in enumerate(model.channels)]
-    x = torch.randn_like(z[0])
-
-    def images(y: torch.Tensor) -> np.ndarray:
-        return y.permute(0, 2, 3, 1).numpy()
-
+    images = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2)
+    sizes = [(len(images), c, 32 >> i, 32 >> i) for i, c in enumerate(model.channels)]
+    z = list(map(torch.randn, sizes))
     with torch.no_grad():
-        refresh(net)
-        out, logits = net.fullstage(z, x), net.head(z).numpy()
-    return state_of(net), list(map(images, z)), images(x), list(map(images, out)), logits
+        out, logits = net.fullstage(z, net.stem(images)), net.head(z).numpy()
+    states, values = ([y.permute(0, 2, 3, 1).numpy() for y in part] for part in (z, out))
+    state = {name: value.numpy() for name, value in net.state_dict().items()}
+    return state, states, values, logits

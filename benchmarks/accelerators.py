@@ -21,7 +21,6 @@ Writes TARGET.json and TARGET.png and prints the tables.
 
 import argparse
 import dataclasses
-import importlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,7 +36,8 @@ import jax
 import jax.numpy as jnp
 
 import deq_jax as deq
-from benchmarks._report import RESULTS, table, write
+from benchmarks._model import presets
+from benchmarks._report import RESULTS, records, write
 from benchmarks.programs import LOOPS, collectives, kernels, loops, traffic
 from benchmarks.targets import Target
 from deq_jax.errors import UsageError
@@ -71,7 +71,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         arguments: instead of sys.argv.
 
     Returns:
-        The target, the cases, examples a device, where to keep programs, and the output folder.
+        The target, the cases, those of them that are presets, examples a device, where to keep
+        programs, and the output folder.
     """
     parser = argparse.ArgumentParser(description="Read programs compiled for accelerators.")
     parser.add_argument("--target", required=True, help=targets.FORMS)
@@ -84,6 +85,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.per_device is not None and options.per_device < 1:
         parser.error(f"got --per_device={options.per_device}; wanted at least 1")
+    options.presets = [name for name in options.cases if name not in (*SOLVERS, "MDEQ")]
     return options
 
 
@@ -116,34 +118,12 @@ def _history_bytes(solver: Any, size: int) -> int:
     return 4 * size * max(min(getattr(solver, "memory", None) or 0, solver.max_steps) - 2, 0)
 
 
-def _presets(cases: Sequence[str]) -> list[str]:
-    return [name for name in cases if name not in (*SOLVERS, "MDEQ")]
-
-
 def _found(name: str) -> tuple[Any, Any]:
     """A preset's experiment and configuration."""
-    for experiment in EXPERIMENTS:
-        main = importlib.import_module(f"experiments.{experiment}.main")
-        if name in main.PRESETS:
-            return main.EXPERIMENT, main.PRESETS[name]
-    sys.exit(f"got --cases {name}; wanted {', '.join(SOLVERS)}, MDEQ, or a preset")
-
-
-@dataclasses.dataclass(frozen=True)
-class Equation:
-    """What a model solves in training, on one device, as `jax.ShapeDtypeStruct`.
-
-    Attributes:
-        solve: the forward solve.
-        operands: of it.
-        f: the function whose fixed point it finds.
-        inside: the operands of f, z the second.
-    """
-
-    solve: Callable[..., Any]
-    operands: tuple[Any, ...]
-    f: Callable[..., Any]
-    inside: tuple[Any, ...]
+    found = presets(EXPERIMENTS)
+    if name not in found:
+        sys.exit(f"got --cases {name}; wanted {', '.join(SOLVERS)}, MDEQ, or a preset")
+    return found[name]
 
 
 def _on_cpu(experiment: Any, config: Any) -> tuple[Any, Any, Any, Any]:
@@ -156,7 +136,8 @@ def _on_cpu(experiment: Any, config: Any) -> tuple[Any, Any, Any, Any]:
     return task, *dry_run.step_and_state(config, task, mesh), dry_run.batch(config, task, mesh)
 
 
-def _equation(config: Any, task: Any, state: Any, batch: Any) -> Equation:
+def _equation(config: Any, task: Any, state: Any, batch: Any) -> list[tuple[Any, tuple]]:
+    """A model's forward solve in training, and f, each with its operands as shapes."""
     from deq_jax.training.task import forward
 
     task = dataclasses.replace(task, model=task.model.clone(fixed_point=deq.fixed_point))
@@ -173,7 +154,7 @@ def _equation(config: Any, task: Any, state: Any, batch: Any) -> Equation:
         return found.solution.value, inside
 
     _, inside = jax.eval_shape(solve, *operands)
-    return Equation(lambda *a: solve(*a)[0], operands, parts["f"], tuple(inside))
+    return [(lambda *a: solve(*a)[0], operands), (parts["f"], tuple(inside))]
 
 
 def _flops(lowered: Any) -> float:
@@ -185,15 +166,12 @@ def _mdeq() -> tuple[dict[str, tuple[Any, Any]], int, str]:
     """The preset `MDEQ` in training and its f alone, bytes of a history, and a state's shape."""
     experiment, config = _found(MDEQ)
     task, _, *given = _on_cpu(experiment, config)
-    found = _equation(config, task, *given)
-    state = jax.tree.leaves(found.inside[1])
+    solve, (f, inside) = _equation(config, task, *given)
+    state = jax.tree.leaves(inside[1])
     batch = state[0].shape[0]
     shortest = _history_bytes(config.solver.build(), max(a.size for a in state))
-    cases = {
-        "MDEQ LARGE": (found.solve, found.operands),
-        "its f alone": (found.f, found.inside),
-    }
-    return cases, shortest, f"{batch}, {sum(a.size for a in state) // batch:,}"
+    shape = f"{batch}, {sum(a.size for a in state) // batch:,}"
+    return {"MDEQ LARGE": solve, "its f alone": (f, inside)}, shortest, shape
 
 
 def _step(target: Target, name: str, per_device: int | None) -> tuple[str, dict]:
@@ -240,14 +218,14 @@ def _step(target: Target, name: str, per_device: int | None) -> tuple[str, dict]
     least = target.chip.least_seconds
     row["least_step"] = least(row["flops"], row["bytes"])
     if has_solver(task.model):
-        found = _equation(one, task, *given)
+        _, (f, inside) = _equation(one, task, *given)
 
         def product(params: Any, z: Any, x: Any, v: Any) -> Any:
-            return jax.vjp(lambda z: found.f(params, z, x), z)[1](v)
+            return jax.vjp(lambda z: f(params, z, x), z)[1](v)
 
         for key, function, operands in (
-            ("f", found.f, found.inside),
-            ("product", product, (*found.inside, found.inside[1])),
+            ("f", f, inside),
+            ("product", product, (*inside, inside[1])),
         ):
             flops = _flops(jax.jit(function).lower(*operands))
             moved = traffic(_compiled(target, function, *operands)[0].as_text() or "")
@@ -300,7 +278,7 @@ def _measure(options: argparse.Namespace, target: Target) -> tuple[list[dict], l
         cases, history, state = _mdeq()
         for name, (function, operands) in cases.items():
             add(name, state, history, function, operands)
-    for name in _presets(options.cases):
+    for name in options.presets:
         text, row = _step(target, name, options.per_device)
         steps.append(row)
         keep(name, text)
@@ -319,41 +297,41 @@ def tables(solves: list[dict], steps: list[dict]) -> str:
     """
     text = []
     if solves:
-        lines = [
-            [row["case"], f"[{row['state']}]"]
-            + [str(row[key]) for key in COUNTS]
-            + [f"{row['seconds']:.1f}"]
-            for row in solves
-        ]
-        text.append(table(("case", "state", *COUNTS, "compile s"), lines))
+        counts = {name: f"{{{name}}}" for name in COUNTS}
+        columns = {"case": "{case}", "state": "[{state}]", **counts, "compile s": "{seconds:.1f}"}
+        text.append(records(columns, solves))
     if steps:
-        names = ("preset", "examples", "devices", "compile s", "kernels of its loops")
-        names += ("messages in loops", "outside", "MiB", "arguments MiB", "temporaries MiB")
-        names += ("of the explicit", "GFLOPs of f", "MB of f", "least ms of f", "of a step")
-        text.append(table(names, [_cells(row, steps) for row in steps]))
+        text.append(records(_columns(steps), steps))
     return "\n".join(text)
 
 
-def _cells(row: dict, rows: list[dict]) -> list[str]:
-    rival = [_held(r) for r in rows if r["case"] == RIVALS.get(row["case"])]
-    alone = "flops_f" not in row
-    return [
-        row["case"],
-        str(row["examples"]),
-        str(row["devices"]),
-        f"{row['seconds']:.0f}",
-        " / ".join(map(str, row["loops"])) if row["loops"] else "-",
-        str(row["collectives_inside"]),
-        str(row["collectives_once"]),
-        f"{row['bytes_once'] / MIB:.1f}",
-        f"{row['arguments'] / MIB:,.0f}",
-        f"{row['temporaries'] / MIB:,.0f}",
-        f"{_held(row) / rival[0]:.2f}" if rival else "-",
-        "-" if alone else f"{row['flops_f'] / 1e9:.2f}",
-        "-" if alone else f"{row['bytes_f'] / 1e6:.1f}",
-        "-" if alone else f"{1e3 * row['least_f']:.3f}",
-        f"{1e3 * row['least_step']:.2f}",
-    ]
+def _columns(rows: list[dict]) -> dict[str, Any]:
+    """Of the table of training steps, as `records` takes them."""
+
+    def scaled(key: str, unit: float, form: str) -> Callable[[dict], str]:
+        return lambda row: format(row[key] / unit, form) if key in row else "-"
+
+    def of_the_explicit(row: dict) -> str:
+        rival = [_held(r) for r in rows if r["case"] == RIVALS.get(row["case"])]
+        return f"{_held(row) / rival[0]:.2f}" if rival else "-"
+
+    return {
+        "preset": "{case}",
+        "examples": "{examples}",
+        "devices": "{devices}",
+        "compile s": "{seconds:.0f}",
+        "kernels of its loops": lambda row: " / ".join(map(str, row["loops"] or "-")),
+        "messages in loops": "{collectives_inside}",
+        "outside": "{collectives_once}",
+        "MiB": scaled("bytes_once", MIB, ".1f"),
+        "arguments MiB": scaled("arguments", MIB, ",.0f"),
+        "temporaries MiB": scaled("temporaries", MIB, ",.0f"),
+        "of the explicit": of_the_explicit,
+        "GFLOPs of f": scaled("flops_f", 1e9, ".2f"),
+        "MB of f": scaled("bytes_f", 1e6, ".1f"),
+        "least ms of f": scaled("least_f", 1e-3, ".3f"),
+        "of a step": scaled("least_step", 1e-3, ".2f"),
+    }
 
 
 def _held(row: dict) -> float:
@@ -372,27 +350,28 @@ def draw(path: Path, target: Target, solves: list[dict], steps: list[dict]) -> N
     from experiments.common import reporting
 
     figure, ((left, right),) = reporting.new_figure(1, 2, (12, 4.5))
-    bottom = [0.0] * len(solves)
     names = [f"{row['case']}\n[{row['state']}]" for row in solves]
-    for kind in ("fusions", "copies", "calls", "others", "test"):
-        left.bar(names, [row[kind] for row in solves], bottom=bottom, label=kind)
-        bottom = [b + row[kind] for b, row in zip(bottom, solves, strict=True)]
+    _stack(left, names, solves, ("fusions", "copies", "calls", "others", "test"), 1)
     left.set(title="One iteration", ylabel="kernels" if target.is_gpu else "instructions")
-    left.tick_params(axis="x", labelsize=7)
-    bottom = [0.0] * len(steps)
     names = [f"{row['case']}\n{row['examples']} examples" for row in steps]
-    for kind in ("arguments", "temporaries"):
-        right.bar(names, [row[kind] / MIB for row in steps], bottom=bottom, label=kind)
-        bottom = [row[kind] / MIB for row in steps]
+    _stack(right, names, steps, ("arguments", "temporaries"), MIB)
     right.set(title="Memory of a training step on a device", ylabel="MiB")
-    right.tick_params(axis="x", labelsize=7)
-    for axis, rows in ((left, solves), (right, steps)):
-        if rows:
-            axis.legend(fontsize=8, frameon=False)
-        else:
-            axis.set_axis_off()
     figure.suptitle(f"{target.name}: compiled, not run")
     reporting.save(figure, path)
+
+
+def _stack(axis: Any, names: list, rows: list[dict], kinds: Sequence[str], unit: float) -> None:
+    """A bar for each row, of parts that stand on one another; without rows nothing at all."""
+    bottom = [0.0] * len(rows)
+    for kind in kinds:
+        heights = [row[kind] / unit for row in rows]
+        axis.bar(names, heights, bottom=bottom, label=kind)
+        bottom = [b + height for b, height in zip(bottom, heights, strict=True)]
+    axis.tick_params(axis="x", labelsize=7)
+    if rows:
+        axis.legend(fontsize=8, frameon=False)
+    else:
+        axis.set_axis_off()
 
 
 def main() -> None:
@@ -400,7 +379,7 @@ def main() -> None:
     options = parse()
     jax.config.update("jax_enable_compilation_cache", False)
     target = targets.find(options.target)
-    for name in _presets(options.cases):  # before minutes of compiling
+    for name in options.presets:  # before minutes of compiling
         _found(name)
     try:
         solves, steps = _measure(options, target)

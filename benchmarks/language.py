@@ -17,27 +17,20 @@ process of its own.  Writes language.json and language.png and prints the tables
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from benchmarks._case import (
-    NEVER,
-    PENALTY,
-    machine,
-    measured,
-    relative_difference,
-    same_networks,
-    serve,
-    timed,
-)
-from benchmarks._report import draw_bars, groups, of_the_best_peer, require, table, write
-from benchmarks.vision import read
+from benchmarks._case import NEVER, serve, timed
+from benchmarks._model import build, compare, measure_all, read
+from benchmarks._report import draw_bars, groups, of_the_best_peer, records
 
 MODULE = "benchmarks.language"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "matplotlib", "torch", "torchdeq")
 PARTS = ("peers", "flat")
 FORMS = {
     "cpu": {"deq_jax": ("1 device", "2 devices"), "torchdeq": ("eager", "eager, 1 thread")},
@@ -55,11 +48,6 @@ DEPTHS = (4, 8, 16, 32)
 
 HISTORY = 6
 """Iterates that Anderson keeps, in both libraries."""
-
-COLUMNS = {
-    "peers": ("task", "library", "form", "ms", "tokens/s", "MB", "of the best PyTorch"),
-    "flat": ("network", "evaluations, layers", "ms", "tokens/s", "MB"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +79,7 @@ class Case:
         network: "deq", or "explicit" for untied layers.
         library: "deq_jax" or "torchdeq".
         form: over how many devices the batch is split, or how PyTorch runs f.
-        task: see `benchmarks.vision.TASKS`.
+        task: see `benchmarks._model.TASKS`.
         depth: evaluations of f, as many backward as forward; or the number of layers.
         history: steps that the backward solver keeps; None for all.
         batch: streams of text.
@@ -111,34 +99,15 @@ class Case:
     device: str = "cpu"
 
 
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """What the models read, the same in both libraries.
-
-    Attributes:
-        words: int32 [B, T].
-        targets: int32 [B, T].
-        z: float32 [B, M, C], remembered states.
-        u: float32 [B, M, 2C], remembered injections into keys and values.
-    """
-
-    words: np.ndarray
-    targets: np.ndarray
-    z: np.ndarray
-    u: np.ndarray
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line.
-
-    Args:
-        arguments: instead of sys.argv.
-
-    Returns:
-        From `benchmarks.vision.read`.
-    """
-    about = "Time the DEQ-Transformer beside its peers; the part flat takes the first of --sizes."
-    return read(arguments, about, "sizes", ("small", "medium"), FORMS, BATCHES, PARTS)
+parse = partial(
+    read,
+    about="Time the DEQ-Transformer beside its peers; the part flat takes the first of --sizes.",
+    name="sizes",
+    default=("small", "medium"),
+    forms=FORMS,
+    batches=BATCHES,
+    parts=PARTS,
+)
 
 
 def plan(options: argparse.Namespace) -> dict[str, list[Case]]:
@@ -180,19 +149,17 @@ def tables(parts: dict[str, list[dict]]) -> str:
     text = []
     for part, rows in parts.items():
         for (size, streams), group in groups(rows, "size", "batch").items():
-            about = _counted(group) if part == "peers" else "training, deq_jax on 1 device"
+            measured = {"ms": "{ms:,.1f}", "tokens/s": "{tokens_s:,.0f}", "MB": "{peak_mb:,.0f}"}
+            if part == "peers":
+                about = _counted(group)
+                labels = {"task": "{task}", "library": "{library}", "form": "{form}"}
+                last = {"of the best PyTorch": partial(of_the_best_peer, group=group)}
+            else:
+                about = "training, deq_jax on 1 device"
+                labels, last = {"network": "{network}", "evaluations, layers": "{depth}"}, {}
             text += [f"\n{size}, {streams} streams of {SIZES[size].length} tokens; {about}\n"]
-            text += [table(COLUMNS[part], [_cells(part, row, group) for row in group])]
+            text += [records({**labels, **measured, **last}, group)]
     return "\n".join(text)
-
-
-def _cells(part: str, row: dict, group: list[dict]) -> list[str]:
-    names = ("task", "library", "form") if part == "peers" else ("network", "depth")
-    label = [str(row[name]) for name in names]
-    if "error" in row:
-        return [*label, "failed"]
-    cells = [f"{row['ms']:,.1f}", f"{row['tokens_s']:,.0f}", f"{row['peak_mb']:,.0f}"]
-    return [*label, *cells, *([of_the_best_peer(row, group)] if part == "peers" else [])]
 
 
 def _counted(rows: list[dict]) -> str:
@@ -251,13 +218,20 @@ def _draw_depths(axis: Any, rows: list[dict]) -> None:
     axis.set_title(f"{rows[0]['size']}, deq_jax on 1 device", fontsize=9)
 
 
-def _segment(size: Size, batch: int) -> Segment:
-    """Words of every stream after a full memory."""
+def _batch(size: Size, streams: int) -> dict[str, np.ndarray]:
+    """Random words [B, T] and their targets; all of them count, and every stream goes on."""
     rng = np.random.default_rng(0)
-    words, targets = rng.integers(0, size.words, (2, batch, size.length)).astype(np.int32)
-    remembered = rng.standard_normal((batch, size.memory, 3 * size.features), dtype=np.float32)
-    z, u = np.split(remembered, [size.features], axis=2)
-    return Segment(words, targets, z, u)
+    words, targets = rng.integers(0, size.words, (2, streams, size.length)).astype(np.int32)
+    ones = np.ones(words.shape, np.float32)
+    batch = {"words": words, "targets": targets, "weight": ones, "mask": ones[:, 0]}
+    return batch | {"fresh": np.zeros(streams, np.float32)}
+
+
+def _remembered(size: Size, streams: int) -> list[np.ndarray]:
+    """Random states [B, M, C], and injections into keys and values [B, M, 2C]."""
+    rng = np.random.default_rng(1)
+    shape = (streams, size.memory, 3 * size.features)
+    return np.split(rng.standard_normal(shape, dtype=np.float32), [size.features], axis=2)
 
 
 def measure(request: dict) -> dict:
@@ -285,186 +259,69 @@ def measure(request: dict) -> dict:
 
 def _build(case: Case) -> tuple[Callable[[], Any], Callable[[], dict]]:
     """The path of a training run, compiled; the form says over how many devices it is split."""
-    size = SIZES[case.size]
-    text = _segment(size, case.batch)
-    if case.library == "torchdeq":
-        from benchmarks import _language_torch
-
-        return _language_torch.build(case, size, HISTORY, text)
-    import jax
-
-    devices = int(case.form.split()[0])
-    if case.device == "cpu":
-        jax.config.update("jax_num_cpu_devices", devices)
-    from deq_jax.training.parallel import batch_sharding, make_mesh, replicated
-
-    mesh = make_mesh(jax.devices()[:devices])
-    model = _network(case, mesh)
-    inputs = (text.words, text.targets, _full_memory(model, text))
-    inputs = jax.device_put(inputs, batch_sharding(mesh))
-    start = jax.jit(lambda key: model.init(key, *inputs, train=False))
-    variables = jax.device_put(start(jax.random.key(0)), replicated(mesh))
-    step = _inference(model) if case.task == "infer" else _training(model, case.task)
-    operands = (variables, *inputs, jax.random.key(1))
-    program = jax.jit(step).lower(*operands).compile()
-
-    def counts() -> dict:
-        evaluations, products, *_ = program(*operands)
-        return {"evaluations": float(np.mean(evaluations)), "products": float(np.mean(products))}
-
-    return lambda: jax.block_until_ready(program(*operands)), counts
-
-
-def _network(case: Case, mesh: Any) -> Any:
-    """The model as the experiment wires it, without dropout."""
-    import deq_jax as deq
-    from deq_jax.models.embeddings import AdaptiveEmbedding
-    from deq_jax.models.transformer import DEQTransformer, ExplicitTransformer, TransformerCell
-    from deq_jax.training.parallel import sharded_fixed_point, sharded_map
+    if case.library == "deq_jax":
+        return build(case, partial(_task, case))
+    from benchmarks import _language_torch
 
     size = SIZES[case.size]
-    common: Any = {
-        "vocab": AdaptiveEmbedding(size.words, size.features, per_device=sharded_map(mesh)),
-        "cell": TransformerCell(size.features, size.heads, size.hidden, pre_norm=False),
-        "memory": size.memory,
-    }
-    if case.network == "explicit":
-        return ExplicitTransformer(layers=case.depth, tied=False, **common)
-    backward = deq.Broyden(tol=NEVER, max_steps=case.depth, memory=case.history or case.depth)
-    return DEQTransformer(
-        solver=deq.Anderson(tol=NEVER, max_steps=case.depth, memory=HISTORY),
-        adjoint=deq.Implicit(backward),
-        fixed_point=sharded_fixed_point(mesh, TransformerCell.x_axes),
-        **common,
+    inputs = _batch(size, case.batch), _remembered(size, case.batch)
+    return _language_torch.build(case, size, HISTORY, *inputs)
+
+
+def _task(case: Case, mesh: Any) -> tuple[Any, Any, dict, Any]:
+    """What `benchmarks._model` runs; nothing in the memory is empty."""
+    from deq_jax.training import BackwardConfig, SolverConfig, TrainConfig
+    from experiments.language_modeling.config import DataConfig, LanguageConfig, ModelConfig
+    from experiments.language_modeling.task import build_task
+
+    size, steps, kept = SIZES[case.size], case.depth, case.history or case.depth
+    network: Any = case.network
+    config = LanguageConfig(
+        model=ModelConfig(
+            name=network,
+            features=size.features,
+            heads=size.heads,
+            hidden=size.hidden,
+            memory=size.memory,
+            layers=case.depth,
+        ),
+        data=DataConfig(length=size.length),
+        solver=SolverConfig(name="anderson", tol=NEVER, max_steps=steps, memory=HISTORY),
+        backward=BackwardConfig(solver="broyden", tol=NEVER, max_steps=steps, memory=kept),
+        train=TrainConfig(batch_size=case.batch),
     )
-
-
-def _full_memory(model: Any, text: Segment) -> Any:
-    """A memory in which nothing is empty; every explicit layer remembers the same states."""
-    batch, length = text.z.shape[:2]
-    empty = model.empty_memory(batch)
-    z = text.z if empty.z.ndim == 3 else text.z[:, None]
-    return empty.replace(
-        z=np.broadcast_to(z, empty.z.shape),
-        u=text.u,
-        filled=np.full(batch, length, np.int32),
-    )
-
-
-def _inference(model: Any) -> Callable:
-    """Gives evaluations of f, 0 products, likelihoods and the next memory."""
-
-    def run(variables, words, targets, memory, key):
-        del key
-        (nll, memory), solution = _apply(model, variables, words, targets, memory, train=False)
-        return _evaluations(solution), 0.0, nll, memory
-
-    return run
-
-
-def _training(model: Any, task: str) -> Callable:
-    """Gives evaluations of f, products with its Jacobian, loss, gradients and the next memory."""
-    import jax
-
-    import deq_jax as deq
-
-    def run(variables, words, targets, memory, key):
-        def objective(params, probe):
-            (nll, after), solution = _apply(
-                model,
-                {"params": params},
-                words,
-                targets,
-                memory,
-                train=True,
-                rngs={"dropout": key},
-                probe=probe,
-            )
-            loss = nll.mean()
-            if task == "train with JR":
-                loss = loss + PENALTY * deq.frobenius_penalty(*solution.at, key=key)
-            return loss, (after, solution)
-
-        gradient = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
-        # What comes out for the probe are the statistics of the backward solve.
-        probe = deq.backward_probe(memory.u)
-        (loss, (after, solution)), (grads, stats) = gradient(variables["params"], probe)
-        return _evaluations(solution), stats.num_steps, loss, grads, after
-
-    return run
-
-
-def _apply(model: Any, *operands: Any, probe: Any = None, **options: Any) -> tuple[Any, Any]:
-    """(nll, memory) and the solution, None of an explicit network."""
-    if not hasattr(model, "solver"):
-        return model.apply(*operands, **options), None
-    return model.apply(*operands, probe=probe, **options)
-
-
-def _evaluations(solution: Any) -> Any:
-    """Evaluations of f for every stream; 0 without a solve."""
-    return 0.0 if solution is None else solution.stats.num_steps
+    # Of the texts, the task reads how many words there are.
+    texts: Any = SimpleNamespace(corpus=SimpleNamespace(vocabulary=range(size.words)))
+    task = build_task(config, mesh, texts)
+    z, u = _remembered(size, case.batch)
+    empty = task.first_carry(train=True)
+    if empty.z.ndim > z.ndim:  # every explicit layer remembers the same states
+        z = np.broadcast_to(z[:, None], empty.z.shape)
+    memory = empty.replace(z=z, u=u, filled=np.full(case.batch, size.memory, np.int32))
+    return task, config, _batch(size, case.batch), memory
 
 
 def _compare(name: str) -> dict:
     """Differences of f and of the softmax, at PyTorch's weights, a random state and memory."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    import jax
-    from flax import linen as nn
-
-    import deq_jax as deq
     from benchmarks import _language_torch
     from deq_jax.convert.transformer import convert_state
-    from deq_jax.linen import once
-    from deq_jax.models.transformer_cell import Injection, positions
-    from deq_jax.training.parallel import make_mesh
 
-    size = SIZES[name]
-    text = _segment(size, 2)
-    state, z, image, nll = _language_torch.reference(size, text)
-    case = Case(name, "deq", "deq_jax", "1 device", "infer", 1, None, 2)
-    model = _network(case, make_mesh(jax.devices()[:1]))
-    params: Any = convert_state(state).params
+    size, case = SIZES[name], Case(name, "deq", "deq_jax", "1 device", "infer", 1, None, 2)
+    batch = _batch(size, case.batch)
+    state, z, image, nll = _language_torch.reference(size, batch, _remembered(size, case.batch))
 
-    def evaluate(params, z):
-        vocab = {"params": params["vocab"]}
-        embedded = model.vocab.apply(vocab, text.words)
-        inject = {"params": params["inject"]}
-        u: Any = nn.Dense(3 * size.features).apply(inject, embedded)
-        places = positions(size.memory + size.length, size.features)
-        x = Injection(u=u, memory=_full_memory(model, text), positions=places)
-        f = {"params": deq.weight_norm.merge(params["equilibrium"]["f"])}
-        image = model.cell.apply(f, z, x, method=once)
-        return image, model.vocab.apply(vocab, z, text.targets, method="nll")
+    def head(net, z):
+        return net.vocab.nll(z, batch["targets"])
 
-    ours = jax.jit(evaluate)(params, z)
-    return {
-        "size": name,
-        "f": relative_difference(ours[0], image),
-        "nll": relative_difference(ours[1], nll),
-        "parameters": sum(np.size(a) for a in jax.tree.leaves(params)),
-    }
+    differences = compare(partial(_task, case), convert_state(state), z, image, head, nll)
+    return {"size": name} | dict(zip(("f", "nll", "parameters"), differences, strict=True))
 
 
 def main() -> None:
     """Runs everything and writes the results."""
     options = parse()
-    packages = ("jax", "jaxlib", "flax", "optax", "matplotlib", "torch", "torchdeq")
-    require(packages, "pip install -e .[bench,train]")
-    same = same_networks(MODULE, options.sizes) if "peers" in options.parts else []
-    parts = {
-        part: [measured(MODULE, dataclasses.asdict(case), options.steps) for case in cases]
-        for part, cases in plan(options).items()
-    }
-    write(
-        options.out / "language.json",
-        packages,
-        device=options.device,
-        machine=machine(options.device),
-        threads=options.threads,
-        compared=same,
-        **parts,
-    )
+    compared = options.sizes if "peers" in options.parts else []
+    parts = measure_all(MODULE, options, PACKAGES, compared, plan(options))
     print(tables(parts))
     _plot(parts, options.out / "language.png")
 

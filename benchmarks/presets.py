@@ -8,12 +8,12 @@ The data sets of the published presets are large, and their models want accelera
 them trains on random examples of the right shapes, few at a time, on one device of this machine, in
 a process of its own.  A penalty that a preset applies to few steps is applied to half of them.
 Parameters, the bytes of the training state and the operations of a step are those of the preset as
-published; memory and time are those of the small batch.  Writes presets.json and prints the table.
+published; the body of a loop counts once, as one step of a solve.  Memory and time are those of the
+small batch.  Writes presets.json and prints the table.
 """
 
 import argparse
 import dataclasses
-import importlib
 import math
 import time
 from collections.abc import Sequence
@@ -23,28 +23,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks._case import in_process, machine, serve
-from benchmarks._report import RESULTS, table, write
+from benchmarks._model import presets
+from benchmarks._report import RESULTS, records, write
 
 MODULE = "benchmarks.presets"
 EXPERIMENTS = ("image_classification", "segmentation", "language_modeling")
-COLUMNS = (
-    "preset", "parameters", "state, MiB", "batch", "TFLOPs of a step", "examples here",
-    "memory here, MiB", "compilation, s", "a step here, s", "evaluations of f", "loss",
-)  # fmt: skip
 MIB = 2.0**20
-
-
-def known() -> dict[str, str]:
-    """Lists the presets.
-
-    Returns:
-        Name -> experiment.
-    """
-    return {
-        name: experiment
-        for experiment in EXPERIMENTS
-        for name in importlib.import_module(f"experiments.{experiment}.presets").PRESETS
-    }
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -57,8 +41,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         The options.
     """
     parser = argparse.ArgumentParser(description="Ten steps of every preset on generated data.")
-    presets = tuple(known())
-    parser.add_argument("--names", nargs="+", choices=presets, default=presets)
+    names = tuple(presets(EXPERIMENTS))
+    parser.add_argument("--names", nargs="+", choices=names, default=names)
     parser.add_argument("--batch", type=int, default=2, help="examples that are trained on here")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -79,10 +63,9 @@ def measure(request: dict) -> dict:
     from deq_jax.training.parallel import make_mesh
     from experiments.common import dry_run
 
-    name, steps = request["preset"], request["steps"]
-    main = importlib.import_module(f"experiments.{known()[name]}.main")
-    config, mesh = main.PRESETS[name], make_mesh(jax.devices()[:1])
-    published = main.EXPERIMENT.build_task(config, mesh, None)
+    experiment, config = presets(EXPERIMENTS)[request["preset"]]
+    mesh = make_mesh(jax.devices()[:1])
+    published = experiment.build_task(config, mesh, None)
     step, state = dry_run.step_and_state(config, published, mesh)
     flops = step.lower(state, dry_run.batch(config, published, mesh)).cost_analysis()["flops"]
     small: Any = dataclasses.replace(
@@ -90,7 +73,7 @@ def measure(request: dict) -> dict:
         train=dataclasses.replace(config.train, batch_size=request["batch"]),
         jac=dataclasses.replace(config.jac, prob=max(config.jac.prob, 0.5)),
     )
-    task = main.EXPERIMENT.build_task(small, mesh, None)
+    task = experiment.build_task(small, mesh, None)
     program, _, seconds = dry_run.compile_step(small, task, mesh)
     memory = program.memory_analysis()
     return {
@@ -101,7 +84,7 @@ def measure(request: dict) -> dict:
         "flops": flops,
         "memory_mib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / MIB,
         "compile_s": seconds,
-        **_train(program, small, task, mesh, steps),
+        **_train(program, small, task, mesh, request["steps"]),
     }
 
 
@@ -121,11 +104,11 @@ def _train(program: Any, config: Any, task: Any, mesh: Any, steps: int) -> dict:
         state, means = program(state, batch)
         shown = metrics.compute(jax.device_get(means))
         losses.append(shown["loss"])
-        counts.append(shown.get("fwd_steps", math.nan))
+        counts += [shown["fwd_steps"]] if "fwd_steps" in shown else []
     return {
         "step_s": (time.perf_counter() - began) / steps,
         "losses": losses,
-        "evaluations": float(np.mean(counts)),
+        "evaluations": float(np.mean(counts)) if counts else None,
     }
 
 
@@ -159,26 +142,22 @@ def tables(rows: Sequence[dict]) -> str:
     Returns:
         The table.
     """
-    return table(COLUMNS, map(_cells, rows))
-
-
-def _cells(row: dict) -> list[str]:
-    if "error" in row:
-        return [row["preset"], f"failed: {row['error']}"]
-    losses = row["losses"]
-    return [
-        row["preset"],
-        f"{row['parameters']:,}",
-        f"{row['state_mib']:,.0f}",
-        f"{row['batch']}",
-        f"{row['flops'] / 1e12:,.3g}",
-        f"{row['examples']}",
-        f"{row['memory_mib']:,.0f}",
-        f"{row['compile_s']:,.0f}",
-        f"{row['step_s']:,.2f}",
-        "-" if math.isnan(row["evaluations"]) else f"{row['evaluations']:.1f}",
-        f"{losses[0]:.2f} to {losses[-1]:.2f}",
-    ]
+    columns = {
+        "preset": "{preset}",
+        "parameters": "{parameters:,}",
+        "state, MiB": "{state_mib:,.0f}",
+        "batch": "{batch}",
+        "TFLOPs": lambda row: f"{row['flops'] / 1e12:,.3g}",
+        "examples here": "{examples}",
+        "memory here, MiB": "{memory_mib:,.0f}",
+        "compilation, s": "{compile_s:,.0f}",
+        "a step here, s": "{step_s:,.2f}",
+        "evaluations of f": lambda row: (
+            "-" if row["evaluations"] is None else f"{row['evaluations']:.1f}"
+        ),
+        "loss": lambda row: f"{row['losses'][0]:.2f} to {row['losses'][-1]:.2f}",
+    }
+    return records(columns, rows)
 
 
 def main() -> None:
@@ -189,7 +168,7 @@ def main() -> None:
         if not np.isfinite(found.get("losses", 0)).all():
             found = {"error": f"losses {found['losses']}"}
         rows.append({"preset": name, "examples": options.batch, **found})
-        print(table(COLUMNS, [_cells(rows[-1])]), flush=True)
+        print(tables(rows[-1:]), flush=True)
         write(options.out / "presets.json", ("jax", "jaxlib", "flax"), machine=machine(), rows=rows)
     print(tables(rows))
     if failed := [row["preset"] for row in rows if "error" in row]:

@@ -11,6 +11,7 @@ residual of the adjoint system is 1e-3.  Prints a table.
 
 import argparse
 import dataclasses
+import importlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,18 +32,8 @@ from deq_jax.training.state import create_state
 from deq_jax.training.task import forward
 
 TOLERANCE, MOST = 1e-3, 40
-
-
-def _build(name: str) -> tuple[Any, Any, Any]:
-    """The configuration and the task of a preset, and its training batches."""
-    from experiments.image_classification import main as images
-    from experiments.language_modeling import main as texts
-
-    main = images if name == "digits" else texts
-    config = main.PRESETS[name]
-    data = main.EXPERIMENT.open_data(config)
-    mesh = make_mesh(jax.devices()[:1])
-    return config, main.EXPERIMENT.build_task(config, mesh, data), data.train
+TASKS = {"digits": "image_classification", "prose": "language_modeling"}
+"""Preset -> its experiment."""
 
 
 def _capture(task: Any, config: Any, state: Any, batch: Any, solver: deq.Broyden) -> dict[str, Any]:
@@ -56,32 +47,16 @@ def _capture(task: Any, config: Any, state: Any, batch: Any, solver: deq.Broyden
         moved = jax.tree.map(lambda a, d: jax.lax.stop_gradient(a) + d, sol.value, box["delta"])
         return dataclasses.replace(sol, value=moved)
 
+    own = dataclasses.replace(task, model=task.model.clone(fixed_point=fixed_point))
+    given: Any = (config, state.params, state.extra, state.carry, batch)
+
     def loss(delta: Any) -> jax.Array:
         box["delta"] = delta
-        own = _with_solve(task, fixed_point)
-        return forward(own, config, state.params, state.extra, state.carry, batch).loss
+        return forward(own, *given).loss
 
-    shapes = jax.eval_shape(partial(_start, task, config, state, batch, solver))
-    box["v"] = jax.grad(loss)(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes))
+    shapes: Any = jax.eval_shape(lambda: forward(task, *given).solution)
+    box["v"] = jax.grad(loss)(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes.value))
     return box
-
-
-def _with_solve(task: Any, fixed_point: Any) -> Any:
-    """The task whose model solves by another `deq.fixed_point`."""
-    return dataclasses.replace(task, model=task.model.clone(fixed_point=fixed_point))
-
-
-def _start(task: Any, config: Any, state: Any, batch: Any, solver: deq.Broyden) -> Any:
-    box: list[Any] = []
-
-    def fixed_point(f: Any, params: Any, z0: Any, x: Any, **options: Any) -> deq.Solution:
-        del options
-        box.append(z0)
-        return deq.fixed_point(f, params, z0, x, solver=solver, max_steps=0)
-
-    own = _with_solve(task, fixed_point)
-    forward(own, config, state.params, state.extra, state.carry, batch)
-    return box[0]
 
 
 def _cosine(a: Any, b: Any) -> jax.Array:
@@ -153,21 +128,23 @@ def _measure(f: Callable[[Any], Any], z0: Any, v: Any, solver: deq.Broyden) -> d
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description="Shine on a trained model.")
-    parser.add_argument("--task", choices=("digits", "prose"), default="digits")
+    parser.add_argument("--task", choices=tuple(TASKS), default="digits")
     parser.add_argument("--weights", type=Path, required=True, help="folder of a trained model")
     parser.add_argument("--batches", type=int, default=5)
     parser.add_argument("--max_steps", type=int, default=30, help="of the forward solve")
     parser.add_argument("--tol", type=float, default=1e-3, help="of the forward solve")
     options = parser.parse_args()
-    config, task, data = _build(options.task)
-    mesh = make_mesh(jax.devices()[:1])
+    module = importlib.import_module(f"experiments.{TASKS[options.task]}.main")
+    config, mesh = module.PRESETS[options.task], make_mesh(jax.devices()[:1])
+    data = module.EXPERIMENT.open_data(config)
+    task = module.EXPERIMENT.build_task(config, mesh, data)
     state = create_state(task, make_optimizer(config.optim, 1), 0, mesh)
     params, extra = weights.load(options.weights)
     state = dataclasses.replace(state, params=params, extra={**state.extra, **extra})
     solver = deq.Broyden(tol=options.tol, max_steps=options.max_steps, memory=options.max_steps)
     rows: list[dict[str, np.ndarray]] = []
     for _ in range(options.batches):
-        box = _capture(task, config, state, place(next(data), mesh), solver)
+        box = _capture(task, config, state, place(next(data.train), mesh), solver)
         figures = jax.jit(partial(_measure, box["f"], solver=solver))(box["z0"], box["v"])
         rows.append(jax.tree.map(np.asarray, figures))
     lines = []

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks._case import machine, measured, serve, timed
-from benchmarks._report import RESULTS, table, write
+from benchmarks._case import compiled, machine, measured, serve, timed
+from benchmarks._report import RESULTS, records, write
 
 WORDS, CUTOFFS = 267_735, (20_000, 40_000, 200_000)
 CASES = {
@@ -49,8 +49,7 @@ def _build(name: str, tokens: int, features: int) -> Callable[[], Any]:
         log_probs: Any = net.apply(params, hidden, method="log_probs")
         return -jnp.take_along_axis(log_probs, words[..., None], axis=-1).mean()
 
-    program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, hidden).compile()
-    return lambda: jax.block_until_ready(program(params, hidden))
+    return compiled(jax.value_and_grad(loss, argnums=(0, 1)), params, hidden)
 
 
 def measure(request: dict) -> dict:
@@ -83,19 +82,14 @@ def main() -> None:
     ]
     write(options.out / "softmax.json", ("jax", "jaxlib"), machine=machine(), rows=rows)
     first = rows[0].get("ms", float("nan"))
-    lines = [
-        [row["name"], "failed"]
-        if "error" in row
-        else [
-            row["name"],
-            f"{row['ms']:,.0f}",
-            f"{row['ms'] / first:.2f}",
-            f"{row['peak_mb']:,.0f}",
-        ]
-        for row in rows
-    ]
+    columns = {
+        "softmax": "{name}",
+        "ms": "{ms:,.0f}",
+        "share of the first": lambda row: f"{row['ms'] / first:.2f}",
+        "peak MB": "{peak_mb:,.0f}",
+    }
     print(f"\n{options.tokens:,} words out of {WORDS:,}, {options.features} features\n")
-    print(table(("softmax", "ms", "share of the first", "peak MB"), lines))
+    print(records(columns, rows))
 
 
 if __name__ == "__main__":

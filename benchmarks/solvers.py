@@ -31,13 +31,14 @@ import argparse
 import dataclasses
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks._case import NEVER, machine, measured, serve, timed
-from benchmarks._report import RESULTS, groups, plot_bars, require, table, write
+from benchmarks._case import NEVER, compiled, machine, measured, serve, timed
+from benchmarks._report import RESULTS, groups, plot_bars, records, require, table, write
 
 LIBRARIES = ("deq_jax", "deq_jax-last", "torchdeq", "jaxopt", "optimistix")
 METHODS = ("picard", "anderson", "broyden")
@@ -169,10 +170,9 @@ def tables(rows: list[dict]) -> str:
             way = {row["direction"]: row for row in pair}
             lines.append([library, method])
             for (key, places), direction in itertools.product(digits.items(), DIRECTIONS):
-                number = way.get(direction, {}).get(key)
-                failed = "error" in way.get(direction, {})
-                missing = "failed" if failed else "-"
-                lines[-1].append(missing if number is None else f"{number:,.{places}f}")
+                row = way.get(direction, {})
+                missing = "failed" if "error" in row else "-"
+                lines[-1].append(f"{row[key]:,.{places}f}" if key in row else missing)
         text.append(f"\n{FORMULAS[problem]} at [{shape}], {_place(group[0])}\n")
         text.append(table(COLUMNS, lines))
     return "\n".join(text)
@@ -187,16 +187,18 @@ def gradient_tables(rows: list[dict]) -> str:
     Returns:
         The text.
     """
-    columns, text = ("library", "rule", "ms", "MB", "relative error", "cosine"), []
+    columns = {
+        "library": "{library}",
+        "rule": "{rule}",
+        "ms": "{ms:.1f}",
+        "MB": "{peak_mb:.0f}",
+        "relative error": "{error:.1e}",
+        "cosine": "{cosine:.4f}",
+    }
+    text = []
     for group in groups(rows, "threads").values():
-        lines = [
-            "{library}|{rule}|{ms:.1f}|{peak_mb:.0f}|{error:.1e}|{cosine:.4f}".format(**row)
-            if "ms" in row
-            else "{library}|{rule}|failed".format(**row)
-            for row in group
-        ]
         text.append(f"\nvalue and gradient, {_place(group[0])}\n")
-        text.append(table(columns, [line.split("|", 5) for line in lines]))
+        text.append(records(columns, group))
     return "\n".join(text)
 
 
@@ -257,65 +259,46 @@ def _jax(case: Case) -> Program:
     import jax.numpy as jnp
 
     weights, x, cotangent = (jnp.asarray(a) for a in _arrays(case.problem))
-    makers = {
-        "deq_jax": _deq_jax,
-        "deq_jax-last": _deq_jax,
-        "jaxopt": _jaxopt,
-        "optimistix": _optimistix,
-    }
-    f = _f(case.problem)
-    solve = makers[case.library](case, f)
+    f = _f(case.problem, jnp.tanh)
+    make = {"jaxopt": _jaxopt, "optimistix": _optimistix}.get(case.library, _deq_jax)
+    solve = make(case, f)
     zeros = jnp.zeros_like(x)
 
     def chain(one, start):
         return jax.lax.fori_loop(0, case.steps, lambda _, z: one(z), start)
 
     if case.direction == "forward":
-        program = jax.jit(solve).lower(weights, zeros, x).compile()
-        evaluations = jax.jit(lambda w, z, x: chain(lambda z: f(w, z, x), z))
-        evaluations = evaluations.lower(weights, zeros, x).compile()
-        operands = (weights, zeros, x)
+        run = compiled(solve, weights, zeros, x)
+        evaluate = compiled(lambda w, z, x: chain(lambda z: f(w, z, x), z), weights, zeros, x)
     else:
         linearised = jax.jit(lambda w, z, x: jax.vjp(lambda w, x: solve(w, z, x), w, x)[1])
         vjp = jax.block_until_ready(linearised(weights, zeros, x))
-        program = jax.jit(lambda vjp, g: vjp(g)).lower(vjp, cotangent).compile()
+        run = compiled(lambda vjp, g: vjp(g), vjp, cotangent)
 
         def adjoints(w, z, x, g):
             pull = jax.vjp(lambda z: f(w, z, x), z)[1]
             return chain(lambda u: pull(u)[0] + g, g)
 
-        inner = jax.jit(adjoints).lower(weights, zeros, x, cotangent).compile()
-        operands = (vjp, cotangent)
-
-        def evaluations(*_):
-            return inner(weights, zeros, x, cotangent)
-
-    return Program(
-        run=lambda: jax.block_until_ready(program(*operands)),
-        evaluate=lambda: jax.block_until_ready(evaluations(*operands)),
-        answer=lambda: [np.asarray(leaf) for leaf in jax.tree.leaves(program(*operands))],
-    )
+        evaluate = compiled(adjoints, weights, zeros, x, cotangent)
+    return Program(run, evaluate, lambda: [np.asarray(leaf) for leaf in jax.tree.leaves(run())])
 
 
-def _f(problem: str) -> Callable:
-    """The problem's f(weights, z, x) in JAX."""
-    import jax.numpy as jnp
-
+def _f(problem: str, tanh: Callable) -> Callable:
+    """The problem's f(weights, z, x), of the arrays that a library's tanh takes."""
     if problem == "dense":
-        return lambda w, z, x: jnp.tanh(z @ w + x)
-    return lambda w, z, x: jnp.tanh(w[None] * z + x)
+        return lambda w, z, x: tanh(z @ w + x)
+    return lambda w, z, x: tanh(w * z + x)
 
 
 def _deq_jax(case: Case, f: Callable) -> Callable:
     import deq_jax as deq
 
+    common: Any = {"tol": NEVER, "max_steps": case.steps}
     solver = {
-        "picard": lambda: deq.Picard(tol=NEVER, max_steps=case.steps),
-        "anderson": lambda: deq.Anderson(
-            tol=NEVER, max_steps=case.steps, memory=case.anderson_memory
-        ),
-        "broyden": lambda: deq.Broyden(tol=NEVER, max_steps=case.steps, memory=case.broyden_memory),
-    }[case.method]()
+        "picard": deq.Picard(**common),
+        "anderson": deq.Anderson(memory=case.anderson_memory, **common),
+        "broyden": deq.Broyden(memory=case.broyden_memory, **common),
+    }[case.method]
     keep = "last" if case.library.endswith("-last") else "best"
     return lambda w, z, x: deq.fixed_point(f, w, z, x, solver=solver, keep=keep).value
 
@@ -355,8 +338,6 @@ def _optimistix(case: Case, f: Callable) -> Callable:
     import lineax
     import optimistix
 
-    if case.method != "picard":
-        raise ValueError(f"optimistix has no {case.method}: leave that case out")
     # With tolerances of 0 it runs max_steps cycles; its first one only computes the residual.
     adjoint = optimistix.ImplicitAdjoint(
         lineax.GMRES(rtol=0.0, atol=0.0, restart=case.steps, max_steps=2)
@@ -391,22 +372,23 @@ def _torchdeq(case: Case) -> Program:
     zeros = torch.zeros_like(cotangent)
     name = {"picard": "fixed_point_iter"}.get(case.method, case.method)
 
-    def f(z):
-        return torch.tanh(z @ weights + x if case.problem == "dense" else weights * z + x)
+    f = partial(_f(case.problem, torch.tanh), weights, x=x)
+
+    def chain(one, z):
+        for _ in range(case.steps):
+            z = one(z)
+        return z
 
     if case.direction == "forward":
         memory = {"m": case.anderson_memory, "LBFGS_thres": case.broyden_memory}
 
+        @torch.no_grad()
         def run() -> Any:
-            with torch.no_grad():
-                return [get_solver(name)(f, zeros, max_iter=case.steps, tol=NEVER, **memory)[0]]
+            return [get_solver(name)(f, zeros, max_iter=case.steps, tol=NEVER, **memory)[0]]
 
+        @torch.no_grad()
         def evaluate():
-            with torch.no_grad():
-                z = zeros
-                for _ in range(case.steps):
-                    z = f(z)
-                return z
+            return chain(f, zeros)
     else:
         # Its backward solver takes no memory option: its defaults are 6 for Anderson and the number
         # of steps for Broyden, which are ours.
@@ -418,10 +400,10 @@ def _torchdeq(case: Case) -> Program:
             return torch.autograd.grad(value, (weights, x), cotangent, retain_graph=True)
 
         def evaluate():
-            u = cotangent
-            for _ in range(case.steps):
-                u = torch.autograd.grad(image, point, u, retain_graph=True)[0] + cotangent
-            return u
+            def pull(u):
+                return torch.autograd.grad(image, point, u, retain_graph=True)[0]
+
+            return chain(lambda u: pull(u) + cotangent, cotangent)
 
     def finished(work: Callable[[], Any]) -> Callable[[], Any]:
         def wait() -> Any:
@@ -497,15 +479,15 @@ def _deq_jax_gradient(rule: str) -> Callable[[], Any]:
         "reversible": (deq.Reversible(0.5), picard, "last"),
         "backprop": (deq.Backprop(), picard, "last"),
     }[rule]
-    f: Any = _f("dense")
+    f: Any = _f("dense", jnp.tanh)
 
     def loss(w: jax.Array, x: jax.Array) -> jax.Array:
         z0 = jnp.zeros_like(x)
         sol = deq.fixed_point(f, w, z0, x, solver=solver, adjoint=adjoint, keep=keep)
         return jnp.sum(cotangent * sol.value)
 
-    program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(weights, x).compile()
-    return lambda: jax.block_until_ready(program(weights, x))[1]
+    run = compiled(jax.value_and_grad(loss, (0, 1)), weights, x)
+    return lambda: run()[1]
 
 
 def _torchdeq_gradient(rule: str, threads: int) -> Callable[[], Any]:

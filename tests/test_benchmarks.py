@@ -10,7 +10,6 @@ from benchmarks import language, programs, solvers, vision
 from benchmarks._case import measured
 from benchmarks._report import of_the_best_peer
 from deq_jax.training import parallel
-from experiments.image_classification.presets import PRESETS
 
 
 def test_plan_leaves_out_what_optimistix_does_not_have():
@@ -43,14 +42,6 @@ def test_a_failed_case_stays_in_the_table_and_is_no_peer():
     rows.append(solve | {"direction": "backward", "error": "out of memory"})
     cells = solvers.tables(rows).splitlines()[-1].split()
     assert cells == "| deq_jax | picard | 12.3 | failed | 1.00 | failed | 2 | failed |".split()
-
-
-def test_vision_sizes_are_those_of_the_presets():
-    for name, preset in (("cifar10_tiny", "cifar10_tiny"), ("cifar10_large", "cifar10_large_jr")):
-        ours, config = vision.MODELS[name], PRESETS[preset]
-        for field in ("channels", "head", "final", "expansion", "classes"):
-            assert getattr(ours, field) == getattr(config.model, field)
-        assert (ours.forward, ours.backward) == (config.solver.max_steps, config.backward.max_steps)
 
 
 def test_vision_plan_puts_the_rival_beside_each_inference():
