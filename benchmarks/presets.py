@@ -102,8 +102,9 @@ def _train(program: Any, config: Any, task: Any, mesh: Any, steps: int) -> dict:
     losses, counts, began = [], [], time.perf_counter()
     for _ in range(steps):
         state, means = program(state, batch)
-        shown = metrics.compute(jax.device_get(means))
-        losses.append(shown["loss"])
+        means = jax.device_get({n: means[n] for n in ("loss", "fwd_steps") if n in means})
+        shown = metrics.compute(means)  # without those of a step that was skipped
+        losses.append(shown.get("loss", math.nan))
         counts += [shown["fwd_steps"]] if "fwd_steps" in shown else []
     return {
         "step_s": (time.perf_counter() - began) / steps,
@@ -119,18 +120,18 @@ def generated(shapes: dict[str, Any]) -> dict[str, np.ndarray]:
         shapes: name -> `jax.ShapeDtypeStruct`.
 
     Returns:
-        Normal numbers for floats; for integers, which are labels or words, 0 to 9; a mask of ones.
+        Normal numbers for images; 0 to 9 for labels and words; ones for masks and weights.
     """
     rng = np.random.default_rng(0)
 
-    def draw(name: str, leaf: Any) -> np.ndarray:
-        if name == "mask":
+    def draw(leaf: Any) -> np.ndarray:
+        if not np.issubdtype(leaf.dtype, np.floating):
+            return rng.integers(0, 10, leaf.shape).astype(leaf.dtype)
+        if len(leaf.shape) < 4:
             return np.ones(leaf.shape, leaf.dtype)
-        if np.issubdtype(leaf.dtype, np.floating):
-            return rng.standard_normal(leaf.shape).astype(leaf.dtype)
-        return rng.integers(0, 10, leaf.shape).astype(leaf.dtype)
+        return rng.standard_normal(leaf.shape).astype(leaf.dtype)
 
-    return {name: draw(name, leaf) for name, leaf in shapes.items()}
+    return {name: draw(leaf) for name, leaf in shapes.items()}
 
 
 def tables(rows: Sequence[dict]) -> str:
