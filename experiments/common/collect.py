@@ -190,7 +190,9 @@ def draw_curve(columns: Columns, name: str, path: Path) -> None:
             f"got --curve={name!r}; wanted a measure at budgets, of {', '.join(first)}"
         )
     figure, ((axis,),) = reporting.new_figure(1, 1, (5.2, 3.8))
-    for i, (model, runs) in enumerate(columns.items()):
+    # What is beside the models, such as the size of a vocabulary, has no such measure.
+    models = {m: runs for m, runs in columns.items() if f"{name} {budgets[0]}" in runs[0]}
+    for i, (model, runs) in enumerate(models.items()):
         label, color = (
             reporting.NAMES.get(model, model),
             reporting.COLORS[i % len(reporting.COLORS)],
