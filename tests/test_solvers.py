@@ -484,7 +484,7 @@ class Leap(deq.Picard):
 
 @pytest.mark.parametrize("growth", [jnp.sqrt, jnp.cbrt], ids=["sqrt", "cbrt"])
 def test_one_leap_does_not_make_a_long_iterate_look_converged(growth):
-    """The gap at 1e7, of sqrt 3e3, is not the size of f, beside which that at 1e5, 3e2, is small."""
+    """The gap at 1e7, of sqrt 3e3, is no size of f, beside which that at 1e5, 3e2, is small."""
     sol = deq.solve(Leap(tol=5e-3, max_steps=9), lambda z: z + growth(1 + z), jnp.zeros((2, 3)))
     assert not sol.stats.converged.any()
     assert sol.stats.trace.min() > 9e-3  # 1 / 100 at its smallest
