@@ -56,6 +56,17 @@ def test_a_measure_is_drawn_over_its_budgets(runs, tmp_path, capsys):
     assert "got --curve; wanted --out" in capsys.readouterr().err
 
 
+def test_what_is_beside_the_models_has_no_curve(runs, tmp_path):
+    """Facts of a text come first or last, and one run may lack a budget."""
+    write, _ = runs
+    some = write("some", facts={"words": 9}, jr={"loss": {"1": 3.0, "2": 2.0}})
+    more = write("more", facts={"words": 9}, jr={"loss": {"1": 3.5, "2": 2.5, "10": 1.0}})
+    for order in ([some, more], [more, some]):
+        collect.draw_curve(collect.gather(order), "loss", tmp_path / "loss.png")
+        assert (tmp_path / "loss.png").stat().st_size > 1000
+        (tmp_path / "loss.png").unlink()
+
+
 def test_a_setting_makes_the_columns(runs, tmp_path, capsys):
     write, _ = runs
     for seed, gamma, score in [(0, 1.0, 0.5), (1, 1.0, 0.75), (0, 0.0, 0.25)]:

@@ -181,17 +181,15 @@ def draw_curve(columns: Columns, name: str, path: Path) -> None:
     Raises:
       UsageError: the runs have no such measure.
     """
-    first = next(iter(columns.values()))[0]
-    budgets = [
-        int(key.split()[-1]) for key in first if re.fullmatch(rf"{re.escape(name)} \d+", key)
-    ]
-    if not budgets:
-        raise UsageError(
-            f"got --curve={name!r}; wanted a measure at budgets, of {', '.join(first)}"
-        )
-    figure, ((axis,),) = reporting.new_figure(1, 1, (5.2, 3.8))
+    pattern = re.compile(rf"{re.escape(name)} (\d+)")
     # What is beside the models, such as the size of a vocabulary, has no such measure.
-    models = {m: runs for m, runs in columns.items() if f"{name} {budgets[0]}" in runs[0]}
+    models = {m: runs for m, runs in columns.items() if any(map(pattern.fullmatch, runs[0]))}
+    if not models:
+        known = ", ".join(key for runs in columns.values() for key in runs[0])
+        raise UsageError(f"got --curve={name!r}; wanted a measure at budgets, of {known}")
+    shared = set.intersection(*(set(run) for runs in models.values() for run in runs))
+    budgets = sorted(int(found[1]) for key in shared if (found := pattern.fullmatch(key)))
+    figure, ((axis,),) = reporting.new_figure(1, 1, (5.2, 3.8))
     for i, (model, runs) in enumerate(models.items()):
         label, color = (
             reporting.NAMES.get(model, model),
