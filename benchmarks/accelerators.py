@@ -385,11 +385,10 @@ def main() -> None:
         solves, steps = _measure(options, target)
     except UsageError as error:
         sys.exit(f"error: {error}")
-    kind = "jax-cuda13-plugin" if target.is_gpu else "libtpu"
     name = target.name.replace(":", "-")
     write(
         options.out / f"{name}.json",
-        ("jax", "jaxlib", kind, "flax"),
+        ("jax", "jaxlib", target.compiler, "flax"),
         device=f"{len(target.devices)} of {target.devices[0].device_kind}: compiled, not run",
         solves=solves,
         steps=steps,

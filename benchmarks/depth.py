@@ -26,9 +26,9 @@ if __name__ == "__main__":  # before JAX is imported
 import jax
 
 from benchmarks._report import RESULTS, groups, records, write
+from benchmarks.language import LABELS
 
 NETWORKS = {"deq": "wikitext103_jr", "explicit": "wikitext103_transformer"}
-LABELS = {"deq": "DEQ", "explicit": "explicit layers"}
 HISTORY = 12
 MIB = 2.0**20
 
@@ -118,10 +118,9 @@ def draw(path: Path, target: str, rows: Sequence[dict], measured: Sequence[dict]
     """
     from experiments.common import reporting
 
-    for row in rows:
-        row["mib"] = row["temporaries"] / MIB
+    own = [row | {"mib": row["temporaries"] / MIB} for row in rows]
     panels = [
-        (f"{target}, published sizes: memory while a step runs, MiB", "mib", rows),
+        (f"{target}, published sizes: memory while a step runs, MiB", "mib", own),
         ("CPU, small model: peak memory of a step, MB", "peak_mb", measured),
         ("CPU, small model: time of a step, ms", "ms", measured),
     ]
@@ -147,9 +146,13 @@ def main() -> None:
         for depth in options.depths:
             rows.append(compiled(network, depth, options.batch, target))
             print(f"compiled: {network}, {depth}", file=sys.stderr, flush=True)
-    kind = "jax-cuda13-plugin" if target.is_gpu else "libtpu"
     device = f"{target.devices[0].device_kind}: compiled, not run"
-    write(options.out / "depth.json", ("jax", "jaxlib", kind, "flax"), device=device, rows=rows)
+    write(
+        options.out / "depth.json",
+        ("jax", "jaxlib", target.compiler, "flax"),
+        device=device,
+        rows=rows,
+    )
     print(tables(rows))
     flat = RESULTS / "language.json"
     measured = json.loads(flat.read_text())["flat"] if flat.exists() else []

@@ -46,6 +46,9 @@ DEPTH = 12
 DEPTHS = (4, 8, 16, 32)
 """Evaluations each way, and layers, in the part "flat"."""
 
+LABELS = {"deq": "DEQ", "explicit": "explicit layers"}
+"""Networks in the legends of figures."""
+
 HISTORY = 6
 """Iterates that Anderson keeps, in both libraries."""
 
@@ -202,12 +205,11 @@ def _plot(parts: dict[str, list[dict]], path: Path) -> None:
 def _draw_depths(axis: Any, rows: list[dict]) -> None:
     """Time and memory against the depth."""
     right = axis.twinx()
-    labels = {"deq": "DEQ", "explicit": "explicit layers"}
     for i, ((network,), chosen) in enumerate(groups(rows, "network").items()):
         depths, color = [r["depth"] for r in chosen], f"C{i}"
         for side, style, key, unit in ((axis, "o-", "ms", "ms"), (right, "s--", "peak_mb", "MB")):
             heights = [r[key] for r in chosen]
-            side.plot(depths, heights, style, color=color, label=f"{labels[network]}: {unit}")
+            side.plot(depths, heights, style, color=color, label=f"{LABELS[network]}: {unit}")
     axis.set_xlabel("evaluations of f each way, or layers")
     axis.set_ylabel("ms of a training step (solid)")
     right.set_ylabel("peak memory, MB (dashed)")

@@ -338,6 +338,8 @@ def _optimistix(case: Case, f: Callable) -> Callable:
     import lineax
     import optimistix
 
+    if case.method != "picard":
+        raise ValueError(f"optimistix has no {case.method}: leave that case out")
     # With tolerances of 0 it runs max_steps cycles; its first one only computes the residual.
     adjoint = optimistix.ImplicitAdjoint(
         lineax.GMRES(rtol=0.0, atol=0.0, restart=case.steps, max_steps=2)

@@ -80,6 +80,11 @@ class Target:
         """Whether a program's instructions are kernels."""
         return self.name.startswith("h100")
 
+    @property
+    def compiler(self) -> str:
+        """The package that compiles for it, as it is installed."""
+        return "jax-cuda13-plugin" if self.is_gpu else "libtpu"
+
 
 def prepare() -> None:
     """Keeps JAX from looking for the devices; to be called before it is imported."""
