@@ -16,11 +16,12 @@ could do the operations, or move operands and results of all kernels to and from
 evaluation of f, and of a training step at its full budgets without the penalty's loops; ceilings
 are those of `benchmarks.targets`, and what a cache holds takes less.
 
-Writes TARGET.json and TARGET.png and prints the tables.
+Writes TARGET.json and TARGET.png (TARGET-bf16 for --precision=bf16) and prints the tables.
 """
 
 import argparse
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -71,8 +72,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         arguments: instead of sys.argv.
 
     Returns:
-        The target, the cases, those of them that are presets, examples a device, where to keep
-        programs, and the output folder.
+        The target, the cases, those of them that are presets, examples a device, the precision,
+        where to keep programs, and the output folder.
     """
     parser = argparse.ArgumentParser(description="Read programs compiled for accelerators.")
     parser.add_argument("--target", required=True, help=targets.FORMS)
@@ -80,6 +81,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--per_device", type=int, help="examples of a preset on a device; its own batch if absent"
     )
+    parser.add_argument("--precision", choices=("float32", "bf16"), help="of f, in presets")
     parser.add_argument("--texts", type=Path, help="folder for the texts of the programs")
     parser.add_argument("--out", type=Path, default=RESULTS / "accelerators")
     options = parser.parse_args(arguments)
@@ -174,7 +176,9 @@ def _mdeq() -> tuple[dict[str, tuple[Any, Any]], int, str]:
     return {"MDEQ LARGE": solve, "its f alone": (f, inside)}, shortest, shape
 
 
-def _step(target: Target, name: str, per_device: int | None) -> tuple[str, dict]:
+def _step(
+    target: Target, name: str, per_device: int | None, precision: str | None
+) -> tuple[str, dict]:
     """The text of a preset's training step, and its row."""
     from deq_jax.training import fields
     from deq_jax.training.parallel import make_mesh, require_even
@@ -190,6 +194,8 @@ def _step(target: Target, name: str, per_device: int | None) -> tuple[str, dict]
             values["data.eval_batch_size"] = size
         return fields.replace(config, values)
 
+    if precision and name not in RIVALS.values():  # there it is always float32
+        config = fields.replace(config, {"precision": precision})
     config = of_batch((per_device or 0) * mesh.size or config.train.batch_size)
     require_even("train.batch_size", config.train.batch_size, mesh.size)
     program, _, seconds = dry_run.compile_step(
@@ -202,6 +208,7 @@ def _step(target: Target, name: str, per_device: int | None) -> tuple[str, dict]
         "case": name,
         "examples": config.train.batch_size,
         "devices": mesh.size,
+        "precision": config.precision,
         "seconds": seconds,
         "loops": [body.total for body, _ in loops(text)] if target.is_gpu else None,
         "collectives_inside": len(inside),
@@ -215,7 +222,7 @@ def _step(target: Target, name: str, per_device: int | None) -> tuple[str, dict]
     one = of_batch(config.train.batch_size // mesh.size)
     task, step, *given = _on_cpu(experiment, one)
     row["flops"] = _flops(step.lower(*given))
-    least = target.chip.least_seconds
+    least = functools.partial(target.chip.least_seconds, precision=config.precision)
     row["least_step"] = least(row["flops"], row["bytes"])
     if has_solver(task.model):
         _, (f, inside) = _equation(one, task, *given)
@@ -279,7 +286,7 @@ def _measure(options: argparse.Namespace, target: Target) -> tuple[list[dict], l
         for name, (function, operands) in cases.items():
             add(name, state, history, function, operands)
     for name in options.presets:
-        text, row = _step(target, name, options.per_device)
+        text, row = _step(target, name, options.per_device, options.precision)
         steps.append(row)
         keep(name, text)
     return solves, steps
@@ -319,6 +326,7 @@ def _columns(rows: list[dict]) -> dict[str, Any]:
         "preset": "{case}",
         "examples": "{examples}",
         "devices": "{devices}",
+        "precision": lambda row: row.get("precision", "float32"),
         "compile s": "{seconds:.0f}",
         "kernels of its loops": lambda row: " / ".join(map(str, row["loops"] or "-")),
         "messages in loops": "{collectives_inside}",
@@ -385,7 +393,7 @@ def main() -> None:
         solves, steps = _measure(options, target)
     except UsageError as error:
         sys.exit(f"error: {error}")
-    name = target.name.replace(":", "-")
+    name = target.name.replace(":", "-") + ("-bf16" if options.precision == "bf16" else "")
     write(
         options.out / f"{name}.json",
         ("jax", "jaxlib", target.compiler, "flax"),

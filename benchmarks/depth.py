@@ -4,10 +4,11 @@
     python -m benchmarks.depth --target=h100
 
 At published sizes: the DEQ-Transformer of `wikitext103_jr` with 4 to 32 evaluations of f forward
-and as many backward, and the Transformer-XL of `wikitext103_transformer` with as many layers, each
-compiled for one chip that need not be here (see `benchmarks.accelerators`).  The solvers keep the
-last 12 steps.  Beside it the same comparison as it was measured on a CPU, by
-`benchmarks.language --parts flat`.  Writes depth.json and depth.png and prints the table.
+and as many backward, as it is and with its feed-forward layer in 16 parts, and the Transformer-XL
+of `wikitext103_transformer` with as many layers.  All are compiled for one chip that need not be
+here (see `benchmarks.accelerators`); solvers keep the last 12 steps.  Beside it the same comparison
+as it was measured on a CPU, by `benchmarks.language --parts flat`.  Writes depth.json and depth.png
+and prints the table.
 """
 
 import argparse
@@ -28,7 +29,16 @@ import jax
 from benchmarks._report import RESULTS, groups, records, write
 from benchmarks.language import LABELS
 
-NETWORKS = {"deq": "wikitext103_jr", "explicit": "wikitext103_transformer"}
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deq": ("wikitext103_jr", {}),
+    "parts": ("wikitext103_jr", {"model.hidden_parts": 16}),
+    "explicit": ("wikitext103_transformer", {}),
+}
+LOOKS = {
+    "deq": (LABELS["deq"], "oC0-"),
+    "parts": (f"{LABELS['deq']}, layer in 16 parts", "dC2-"),
+    "explicit": (LABELS["explicit"], "sC1-"),
+}
 HISTORY = 12
 MIB = 2.0**20
 
@@ -44,10 +54,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(description="Memory of a training step against depth.")
     parser.add_argument("--target", default="h100", help=targets.FORMS)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=tuple(NETWORKS))
     parser.add_argument("--depths", nargs="+", type=int, default=(4, 8, 16, 32))
     parser.add_argument("--batch", type=int, default=56, help="streams of text")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if min(options.depths) < 1:
+        parser.error(f"got --depths with {min(options.depths)}; wanted at least 1")
+    return options
 
 
 def compiled(network: str, depth: int, batch: int, target: targets.Target) -> dict:
@@ -67,13 +81,14 @@ def compiled(network: str, depth: int, batch: int, target: targets.Target) -> di
     from experiments.common import dry_run
     from experiments.language_modeling.main import EXPERIMENT, PRESETS
 
-    values: dict[str, Any] = {"train.batch_size": batch, "data.eval_batch_size": batch}
-    if network == "deq":
+    preset, values = NETWORKS[network]
+    values = values | {"train.batch_size": batch, "data.eval_batch_size": batch}
+    if network != "explicit":
         for part in ("solver", "backward"):
             values |= {f"{part}.max_steps": depth, f"{part}.memory": min(HISTORY, depth)}
     else:
         values["model.layers"] = depth
-    config, mesh = fields.replace(PRESETS[NETWORKS[network]], values), make_mesh(target.devices[:1])
+    config, mesh = fields.replace(PRESETS[preset], values), make_mesh(target.devices[:1])
     began = time.perf_counter()
     program, *_ = dry_run.compile_step(config, EXPERIMENT.build_task(config, mesh, None), mesh)
     memory = program.memory_analysis()
@@ -127,9 +142,10 @@ def draw(path: Path, target: str, rows: Sequence[dict], measured: Sequence[dict]
     panels = [panel for panel in panels if panel[2]]
     figure, (axes,) = reporting.new_figure(1, len(panels), (4.4 * len(panels), 3.8))
     for axis, (title, key, cases) in zip(axes, panels, strict=True):
-        for i, ((network,), chosen) in enumerate(groups(cases, "network").items()):
+        for (network,), chosen in groups(cases, "network").items():
             depths, heights = ([row[k] for row in chosen] for k in ("depth", key))
-            axis.plot(depths, heights, "os"[i] + "-", color=f"C{i}", label=LABELS[network])
+            label, style = LOOKS[network]
+            axis.plot(depths, heights, style, label=label)
         axis.set(xlabel="evaluations of f each way, or layers", ylim=(0, None))
         axis.set_title(title, fontsize=9)
         axis.set_xticks(depths)
@@ -142,7 +158,7 @@ def main() -> None:
     options = parse()
     jax.config.update("jax_enable_compilation_cache", False)
     target, rows = targets.find(options.target), []
-    for network in NETWORKS:
+    for network in options.networks:
         for depth in options.depths:
             rows.append(compiled(network, depth, options.batch, target))
             print(f"compiled: {network}, {depth}", file=sys.stderr, flush=True)

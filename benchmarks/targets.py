@@ -32,31 +32,35 @@ class Chip:
     Attributes:
         flops: matrix operations a second on float32 arrays at JAX's default precision: TF32 on a
             GPU, one pass of bfloat16 on a TPU; without sparsity.
+        bf16_flops: the same on bfloat16 arrays.
         bandwidth: bytes a second between chip and its memory.
     """
 
     flops: float
+    bf16_flops: float
     bandwidth: float
 
-    def least_seconds(self, flops: float, moved: float) -> float:
+    def least_seconds(self, flops: float, moved: float, precision: str = "float32") -> float:
         """The time below which no program of this size can run.
 
         Args:
             flops: floating-point operations.
             moved: bytes read and written.
+            precision: "float32", or "bf16" where some of the operations are on bfloat16 arrays.
 
         Returns:
             Seconds: a bound, not a measurement.
         """
-        return max(flops / self.flops, moved / self.bandwidth)
+        rate = self.bf16_flops if precision == "bf16" else self.flops
+        return max(flops / rate, moved / self.bandwidth)
 
 
 CHIPS = {
-    "h100": Chip(495e12, 3.35e12),
-    "v4": Chip(275e12, 1.228e12),
-    "v5e": Chip(197e12, 0.819e12),
-    "v5p": Chip(459e12, 2.765e12),
-    "v6e": Chip(918e12, 1.64e12),
+    "h100": Chip(495e12, 990e12, 3.35e12),
+    "v4": Chip(275e12, 275e12, 1.228e12),
+    "v5e": Chip(197e12, 197e12, 0.819e12),
+    "v5p": Chip(459e12, 459e12, 2.765e12),
+    "v6e": Chip(918e12, 918e12, 1.64e12),
 }
 FORMS = "h100, h100:8 (so many on one host), or tpu-KIND:SHAPE such as tpu-v5e:2x2"
 

@@ -10,7 +10,7 @@ import pytest
 from deq_jax.models import embeddings
 from deq_jax.models.embeddings import AdaptiveEmbedding
 from deq_jax.models.softmax import linear_nll
-from deq_jax.training.parallel import batch_sharding, make_mesh, sharded_map
+from deq_jax.training.parallel import ShardedMap, batch_sharding, make_mesh
 
 KINDS = {
     "tails": {"cutoffs": (5, 12), "div_val": 2},
@@ -197,7 +197,7 @@ def test_no_matrix_of_positions_by_tail_words(monkeypatch):
 def test_each_device_sorts_its_own_words():
     """Same numbers on eight devices, and nothing gathered for the sorting."""
     mesh = make_mesh()
-    net = vocab(per_device=sharded_map(mesh))
+    net = vocab(per_device=ShardedMap(mesh))
     params, hidden, words = drawn(net)
 
     def loss(params, hidden, words):
@@ -216,12 +216,36 @@ def test_each_device_sorts_its_own_words():
     assert "all-gather" not in text and "all-to-all" not in text
 
 
-def test_sharded_map_sums_gradients_of_shared_operands():
+def test_the_table_is_summed_over_the_devices_once():
+    """Looked up and scored with, it has two gradients."""
     mesh = make_mesh()
+    net = vocab(per_device=ShardedMap(mesh))
+    params, _, words = drawn(net)
+
+    def loss(params, words):
+        return net.apply(params, words, method="everything").mean()
+
+    words = jax.device_put(words, batch_sharding(mesh))
+    step = jax.jit(jax.value_and_grad(loss)).lower(params, words)
+    value, grads = step.compile()(params, words)
+    wanted = jax.value_and_grad(lambda p: vocab().apply(p, words, method="everything").mean())
+    for a, b in zip(jax.tree.leaves((value, grads)), jax.tree.leaves(wanted(params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    # One for each parameter, and one for the loss.
+    assert step.as_text().count("all_reduce") == len(jax.tree.leaves(params))
+
+
+def test_sharded_map_sums_gradients_of_shared_operands():
+    devices = ShardedMap(make_mesh())
     x = jnp.arange(16.0)
-    double = sharded_map(mesh)(lambda w, x: w["a"] * x)
-    value, grad = jax.value_and_grad(lambda w: double(w, x).sum())({"a": jnp.float32(2)})
-    assert value == 240 and grad["a"] == 120
+    double = devices(lambda w, x: w["a"] * x)
+
+    def loss(w):
+        copies = devices.copies(w)
+        return double(copies, x).sum() + double(copies, 2 * x).sum()
+
+    value, grad = jax.value_and_grad(loss)({"a": jnp.float32(2)})
+    assert value == 720 and grad["a"] == 360
 
 
 def test_settings_that_do_not_fit_are_refused():

@@ -187,6 +187,35 @@ def test_any_number_of_branches(channels):
     assert [y.shape for y in out] == [y.shape for y in z]
 
 
+def test_blocks_computed_again_give_the_same_in_less_memory():
+    """The penalty's gradient, which is one of second order."""
+    cell = MDEQCell(channels=(8, 16), dropout=0.2)
+    rng = np.random.default_rng(0)
+    z = tuple(
+        jnp.asarray(rng.normal(size=(4, 16 >> i, 16 >> i, 8 << i)), jnp.float32) for i in range(2)
+    )
+    init = jax.eval_shape(lambda key: cell.init(key, z, z[0]), jax.random.key(0))
+    params = jax.tree.map(lambda a: jnp.asarray(0.3 * rng.normal(size=a.shape), a.dtype), init)
+    masks = cell.masks(jax.random.key(1), z, z[0])
+
+    def measured(remat):
+        own = cell.clone(remat=remat)
+
+        def penalty(params):
+            def f(params, z, x):
+                return own.apply(params, z, x, masks)
+
+            return deq.frobenius_penalty(f, params, z, z[0], key=jax.random.key(2))
+
+        step = jax.jit(jax.value_and_grad(penalty)).lower(params).compile()
+        return step(params), step.memory_analysis().temp_size_in_bytes
+
+    (wanted, most), (got, less) = measured(False), measured(True)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max()))
+    assert less < 0.9 * most
+
+
 def test_weight_norm_is_where_the_published_model_has_it():
     cell = MDEQCell(channels=(4, 8), groups=2)
     z = (jnp.ones((1, 4, 4, 4)), jnp.ones((1, 2, 2, 8)))

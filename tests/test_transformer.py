@@ -15,6 +15,7 @@ from deq_jax.models.embeddings import AdaptiveEmbedding
 from deq_jax.models.transformer import DEQTransformer, ExplicitTransformer
 from deq_jax.models.transformer_cell import (
     Injection,
+    Memory,
     TransformerCell,
     positions,
     relative_shift,
@@ -299,6 +300,40 @@ def test_a_word_at_a_time_is_the_whole_text(x64):
     assert np.exp(log_probs).sum(axis=-1) == pytest.approx(np.ones(2))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_parts_of_the_feed_forward_layer_are_the_whole_in_less_memory(dropout):
+    """The value, and the penalty's gradient, which is one of second order."""
+    cell = TransformerCell(features=C, heads=H, hidden=1024, dropout=dropout)
+    rng = np.random.default_rng(0)
+    z, u, memory = (jnp.asarray(rng.normal(size=(2, 32, c)), jnp.float32) for c in (C, 3 * C, C))
+    held = Memory(z=memory, u=u[..., C:], filled=jnp.array([32, 5]))
+    x = Injection(u=u, memory=held, positions=positions(64, C))
+    init = jax.eval_shape(lambda key: cell.init(key, z, x, method=linen.once), jax.random.key(0))
+    params = jax.tree.map(lambda a: jnp.asarray(0.3 * rng.normal(size=a.shape), a.dtype), init)
+    masks = cell.masks(jax.random.key(1), z, x)
+
+    def measured(parts):
+        own = cell.clone(hidden_parts=parts)
+
+        def f(params, z, x):
+            return own.apply(params, z, x, masks, method=linen.once)
+
+        def penalty(params):
+            return deq.frobenius_penalty(f, params, z, x, key=jax.random.key(2)), f(params, z, x)
+
+        step = jax.jit(jax.grad(penalty, has_aux=True)).lower(params).compile()
+        return step(params), step.memory_analysis().temp_size_in_bytes
+
+    (wanted, most), (got, less) = measured(1), measured(16)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
+    assert less < most / 2
+    parts = functools.partial(cell.clone(hidden_parts=16).init, method=linen.once)
+    assert jax.tree.structure(jax.eval_shape(parts, jax.random.key(0), z, x)) == jax.tree.structure(
+        params
+    )
+
+
 def test_settings_that_do_not_fit_are_refused():
     for change, message in (
         ({"features": 9}, "features must be even and divide by the heads"),
@@ -306,6 +341,7 @@ def test_settings_that_do_not_fit_are_refused():
         ({"hidden": 0}, "hidden must be at least 1"),
         ({"window": 0}, "window must be at least 1, or None"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        ({"hidden_parts": 5}, "hidden_parts must divide hidden=12, got 5"),
     ):
         with pytest.raises(ValueError, match=message):
             build(cell=change)

@@ -14,7 +14,7 @@ Reference: Grave et al., arXiv 1609.04309; Baevski and Auli, arXiv 1809.10853 (i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -25,20 +25,21 @@ from deq_jax.models.layers import NORMAL
 from deq_jax.models.softmax import CHUNK, linear_nll, scores
 
 
-def as_it_is(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a function in nothing.
-
-    Args:
-      f: the function.
-
-    Returns:
-      The same function.
+class OneDevice:
+    """What `training.parallel.ShardedMap` is for a batch that is not split.
 
     Example:
-      >>> as_it_is(abs)(-1)
+      >>> OneDevice()(abs)(-1)
       1
     """
-    return f
+
+    def copies(self, params: Any) -> Any:
+        """Returns the parameters."""
+        return params
+
+    def __call__(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns the function."""
+        return f
 
 
 class AdaptiveEmbedding(nn.Module):
@@ -58,8 +59,8 @@ class AdaptiveEmbedding(nn.Module):
       tie_projections: likewise of the projections, one flag for each cluster; () ties those of the
         tails, as published.
       init_weights: initialiser of all weights; biases start at zero.
-      per_device: what `nll` is wrapped in; ``training.parallel.sharded_map(mesh)`` lets each device
-        of a mesh sort its own words.
+      per_device: how `nll` and the embedding are computed; ``training.parallel.ShardedMap(mesh)``
+        lets each device of a mesh look up and sort its own words, and sums their gradients once.
 
     Raises:
       ValueError: for cutoffs that do not rise within the vocabulary, vectors that vanish, a wrong
@@ -82,7 +83,7 @@ class AdaptiveEmbedding(nn.Module):
     tie_weights: bool = True
     tie_projections: tuple[bool, ...] = ()
     init_weights: Callable[..., jax.Array] = NORMAL
-    per_device: Callable[[Callable[..., Any]], Callable[..., Any]] = as_it_is
+    per_device: Any = OneDevice()
 
     def __post_init__(self) -> None:
         """Refuses settings that do not fit each other."""
@@ -124,31 +125,38 @@ class AdaptiveEmbedding(nn.Module):
     def setup(self) -> None:
         """Creates the parameters; see the class for what there is."""
         clusters, draw, zeros = range(len(self.sizes)), self.init_weights, nn.initializers.zeros
-        projected = self.div_val > 1 or self.width(0) != self.features
-        tied = self.tie_projections or tuple(i > 0 for i in clusters)
+        weights: dict[str, jax.Array] = {}
 
-        def table(name: str) -> list[jax.Array]:
-            shapes = [(size, self.width(i)) for i, size in enumerate(self.sizes)]
-            return [self.param(f"{name}{i}", draw, shape) for i, shape in enumerate(shapes)]
+        def create(name: str, init: Callable[..., jax.Array], *shape: int) -> None:
+            weights[name] = self.param(name, init, shape)
 
-        def projection(name: str, i: int) -> jax.Array:
-            return self.param(f"{name}{i}", draw, (self.width(i), self.features))
-
-        self.table = table("table")
-        self.out_table = self.table if self.tie_weights else table("out_table")
-        self.bias = [self.param(f"bias{i}", zeros, (size,)) for i, size in enumerate(self.sizes)]
+        for name in ("table",) if self.tie_weights else ("table", "out_table"):
+            for i in clusters:
+                create(f"{name}{i}", draw, self.sizes[i], self.width(i))
+        for i in clusters:
+            create(f"bias{i}", zeros, self.sizes[i])
         if len(clusters) > 1:
-            self.tails = self.param("tails", draw, (len(clusters) - 1, self.width(0)))
-            self.tails_bias = self.param("tails_bias", zeros, (len(clusters) - 1,))
-        self.projection = self.out_projection = [None for _ in clusters]
-        if projected:
-            # Vectors of one length share one projection into the model.
-            last = clusters if self.div_val > 1 else (0,)
-            own = [projection("projection", i) for i in last]
-            self.projection = [own[i if self.div_val > 1 else 0] for i in clusters]
-            self.out_projection = [
-                self.projection[i] if tied[i] else projection("out_projection", i) for i in clusters
-            ]
+            create("tails", draw, len(clusters) - 1, self.width(0))
+            create("tails_bias", zeros, len(clusters) - 1)
+        for projection in (self._projection, self._out_projection):
+            for i in clusters:
+                name = projection(i)
+                if name is not None and name not in weights:
+                    create(name, draw, self.width(i), self.features)
+        self.weights, self.copies = weights, self.per_device.copies(weights)
+
+    def _projection(self, cluster: int) -> str | None:
+        """Name of what projects a cluster's vectors into the model."""
+        if self.div_val == 1 and self.width(0) == self.features:
+            return None
+        # Vectors of one length share one projection.
+        return f"projection{cluster if self.div_val > 1 else 0}"
+
+    def _out_projection(self, cluster: int) -> str | None:
+        """Name of what projects the model's state to score a cluster."""
+        name = self._projection(cluster)
+        tied = self.tie_projections[cluster] if self.tie_projections else cluster > 0
+        return name if tied or name is None else f"out_projection{cluster}"
 
     def __call__(self, words: jax.Array) -> jax.Array:
         """Embeds.
@@ -159,15 +167,18 @@ class AdaptiveEmbedding(nn.Module):
         Returns:
           float [..., features], scaled by sqrt(features).
         """
-        total, first = 0, 0
-        for table, projection in zip(self.table, self.projection, strict=True):
-            place = words - first
-            inside = (place >= 0) & (place < table.shape[0])
-            vectors = table[jnp.where(inside, place, 0)]
+        return self.per_device(self._embed)(self.copies, words)
+
+    def _embed(self, weights: Mapping[str, jax.Array], words: jax.Array) -> jax.Array:
+        total, first = jnp.zeros((*words.shape, self.features)), 0
+        for i, size in enumerate(self.sizes):
+            place, name = words - first, self._projection(i)
+            inside = (place >= 0) & (place < size)
+            vectors = weights[f"table{i}"][jnp.where(inside, place, 0)]
             vectors = jnp.where(inside[..., None], vectors, 0)
-            total = total + (vectors if projection is None else vectors @ projection)
-            first += table.shape[0]
-        return jnp.asarray(total) * math.sqrt(self.features)
+            total = total + (vectors if name is None else vectors @ weights[name])
+            first += size
+        return total * math.sqrt(self.features)
 
     def nll(self, hidden: jax.Array, words: jax.Array) -> jax.Array:
         """Negative log-likelihood of words.
@@ -187,7 +198,11 @@ class AdaptiveEmbedding(nn.Module):
                 f"got hidden {hidden.shape} for words {words.shape}; wanted "
                 f"{(*words.shape, self.features)}"
             )
-        return self.per_device(_adaptive_nll)(self._softmax(), hidden, words)
+
+        def local(weights: Any, hidden: jax.Array, words: jax.Array) -> jax.Array:
+            return _adaptive_nll(self._softmax(weights), hidden, words)
+
+        return self.per_device(local)(self.copies, hidden, words)
 
     def log_probs(self, hidden: jax.Array) -> jax.Array:
         """Log-probabilities of all words; for a few positions, as in generating.
@@ -198,7 +213,7 @@ class AdaptiveEmbedding(nn.Module):
         Returns:
           float [..., vocab].
         """
-        (table, bias, projection), *tails = self._softmax()
+        (table, bias, projection), *tails = self._softmax(self.weights)
         head = jax.nn.log_softmax(scores(_project(hidden, projection), table, bias))
         parts = [head[..., : self.sizes[0]]]
         for i, (table, bias, projection) in enumerate(tails, 1):
@@ -217,16 +232,23 @@ class AdaptiveEmbedding(nn.Module):
         """
         return self.nll(self(words), words)
 
-    def _softmax(self) -> list[tuple[jax.Array, jax.Array, jax.Array | None]]:
+    def _softmax(
+        self, weights: Mapping[str, jax.Array]
+    ) -> list[tuple[jax.Array, jax.Array, jax.Array | None]]:
         """Table, bias and projection of every cluster; those of the head end with the tails.
 
         As in the published weights the last but i-th column of the head stands for tail i.
         """
-        parts = list(zip(self.out_table, self.bias, self.out_projection, strict=True))
+        kind = "table" if self.tie_weights else "out_table"
+        parts = []
+        for i in range(len(self.sizes)):
+            name = self._out_projection(i)
+            projection = None if name is None else weights[name]
+            parts.append((weights[f"{kind}{i}"], weights[f"bias{i}"], projection))
         if len(parts) > 1:
             table, bias, projection = parts[0]
-            head = jnp.concatenate([table, self.tails]), jnp.concatenate([bias, self.tails_bias])
-            parts[0] = *head, projection
+            table = jnp.concatenate([table, weights["tails"]])
+            parts[0] = table, jnp.concatenate([bias, weights["tails_bias"]]), projection
         return parts
 
 

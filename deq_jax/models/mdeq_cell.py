@@ -173,6 +173,8 @@ class MDEQCell(nn.Module):
       groups: groups of the normalisations; it divides all channels.
       post_affine: whether the last normalisation has scale and bias.
       dropout: probability of dropping an element of a block's h, one mask for a whole solve.
+      remat: whether a gradient computes the inside of each block and of each resizing again,
+        instead of keeping it: less memory, more time.
       kernel_init: initialiser of the kernels that weight norm owns.
       weights: family of the initial weights of what maps a branch to itself, instead of
         ``kernel_init``: the blocks' two kernels as a product, and the 1x1 kernel after the fusion.
@@ -197,6 +199,7 @@ class MDEQCell(nn.Module):
     groups: int = 8
     post_affine: bool = False
     dropout: float = 0.0
+    remat: bool = False
     kernel_init: Init = UNIFORM
     weights: deq.init.MatrixInitializer | None = None
 
@@ -217,12 +220,16 @@ class MDEQCell(nn.Module):
         Returns:
           The next state.
         """
+        parts: tuple[Any, ...] = (Block, Down, Up, After)
+        if self.remat:  # for a gradient, and for the gradient of a gradient, the penalty's
+            parts = tuple(nn.remat(nn.remat(part)) for part in parts)
+        block_type, down, up, close = parts
         branches = range(len(self.channels))
         after_blocks = []
         for i, y in enumerate(z):
             for j in range(self.blocks):
                 big = self.big_kernels[i] if self.big_kernels else 0
-                block = Block(
+                block = block_type(
                     self.expansion,
                     big,
                     self.groups,
@@ -238,11 +245,11 @@ class MDEQCell(nn.Module):
             total = after_blocks[i]
             for j in branches:
                 if j != i:
-                    way = Down if j < i else Up
+                    way = down if j < i else up
                     resize = way(self.channels[i], abs(i - j), self.groups, name=f"fuse_{i}_{j}")
                     total = total + resize(after_blocks[j])
             init = self.weights or self.kernel_init
-            after = After(self.groups, self.post_affine, init, name=f"post{i}")
+            after = close(self.groups, self.post_affine, init, name=f"post{i}")
             fused.append(after(total))
         return tuple(fused)
 

@@ -6,6 +6,7 @@ weights can be loaded (`deq_jax.convert.transformer`).
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 import deq_jax as deq
 from deq_jax.models.families import product_inits
@@ -158,6 +160,8 @@ class TransformerCell(nn.Module):
       window: positions that a query attends to, its own among them; None for all there are.
       dropout: of the outputs of attention and of both layers of F, one mask for all positions.
       attention_dropout: of the attention weights.
+      hidden_parts: in how many parts F is computed, one after the other, and computed again where
+        a gradient needs it; they divide hidden.  More parts take less memory and more time.
       weights: family of the initial weights of what maps the state to itself: each of queries, keys
         and values (all heads together), the output map, and the feed-forward layer as a product;
         None for the published ones.
@@ -188,6 +192,7 @@ class TransformerCell(nn.Module):
     window: int | None = None
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    hidden_parts: int = 1
     weights: deq.init.MatrixInitializer | None = None
 
     x_axes: ClassVar[Any] = (_Operands(u=0, k=0, v=0, r=None, filled=0), 0)  # type: ignore
@@ -241,8 +246,7 @@ class TransformerCell(nn.Module):
         weights = jax.nn.softmax(wide, axis=-1).astype(scores.dtype)
         mixed = jnp.einsum("bhij,bjhd->bihd", drop("attention", weights), v)
         h = self.norm(z + drop("attention_out", self.o(mixed.reshape(z.shape))))
-        inner = drop("hidden", nn.relu(self.ff1(h)))
-        out = h + drop("out", self.ff2(inner))
+        out = h + drop("out", self._feed_forward(h, drop))
         return out if self.pre_norm else self.norm(out)
 
     def inject(self, x: Injection) -> _Operands:
@@ -287,6 +291,37 @@ class TransformerCell(nn.Module):
             if rate > 0
         }
 
+    def _feed_forward(self, h: jax.Array, drop: _Drop) -> jax.Array:
+        """F, float [B, T, C] to the same."""
+        if self.hidden_parts == 1 or self.is_initializing():
+            return self.ff2(drop("hidden", nn.relu(self.ff1(h))))
+
+        def split(a: jax.Array, axis: int) -> jax.Array:
+            shape = (*a.shape[:axis], self.hidden_parts, -1, *a.shape[axis + 1 :])
+            return jnp.moveaxis(a.reshape(shape), axis, 0)
+
+        first, second = (layer.variables["params"] for layer in (self.ff1, self.ff2))
+        units = {"w1": split(first["kernel"], 1), "b1": split(first["bias"][None, None], 2)}
+        units |= {"w2": split(second["kernel"], 0)}
+        if "hidden" in drop.masks:
+            units["mask"] = split(drop.masks["hidden"], 2)
+        wide = stat_dtype(h.dtype)  # of the sum over the parts
+
+        # Once for a gradient, and once more for the gradient of a gradient, the penalty's.
+        again = functools.partial(jax.checkpoint, prevent_cse=False)
+
+        @again
+        def image(h: jax.Array, own: dict[str, jax.Array]) -> jax.Array:
+            inner = nn.relu(h @ own["w1"] + own["b1"]) * own.get("mask", 1)
+            return jnp.matmul(inner, own["w2"], preferred_element_type=wide)
+
+        @again
+        def add(total: jax.Array, own: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+            return total + image(h, own), None
+
+        total, _ = lax.scan(add, jnp.zeros_like(h, wide), units)
+        return total.astype(h.dtype) + second["bias"][None, None]
+
     def _three(self, key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
         """Queries, keys and values side by side, each drawn as a square matrix."""
         assert self.weights is not None
@@ -327,6 +362,8 @@ def check_cell(cell: Any) -> None:
         )
     if cell.hidden < 1:
         raise ValueError(f"hidden must be at least 1, got {cell.hidden}")
+    if cell.hidden_parts < 1 or cell.hidden % cell.hidden_parts:
+        raise ValueError(f"hidden_parts must divide hidden={cell.hidden}, got {cell.hidden_parts}")
     if cell.window is not None and cell.window < 1:
         raise ValueError(f"window must be at least 1, or None, got {cell.window}")
     for name in ("dropout", "attention_dropout"):

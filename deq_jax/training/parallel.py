@@ -192,7 +192,8 @@ def in_bfloat16(fixed_point: Callable[..., Solution]) -> Callable[..., Solution]
         solution = fixed_point(lowered, params, z0, x, **options)
         if lowered.has_aux:  # its f is none of z alone
             return solution
-        return dataclasses.replace(solution, equation=Equation(f=lowered, params=params, x=x))
+        equation = solution.equation or Equation(f=lowered, params=params, x=x)
+        return dataclasses.replace(solution, equation=equation)
 
     return solve
 
@@ -279,11 +280,14 @@ def sharded_fixed_point(
     Under plain jit the test for convergence is one all-reduce per step, and all devices wait for
     the slowest sample.  Here the forward and the backward loop stand inside `jax.shard_map`:
     neither communicates, and each device stops with its own samples.  Gradients of ``params`` and
-    of replicated leaves of ``x`` are summed once, after the backward loop.
+    of replicated leaves of ``x`` are summed once, after the backward loop, and after a penalty that
+    is taken at the solution's equation.
 
     ``z0`` is split along its leading axis, ``params`` are replicated, and ``x_axes`` says the same
     of ``x``, as ``in_axes`` does for `jax.vmap`.  f must not communicate between samples (no batch
-    statistics).
+    statistics).  The solution has an equation (unless ``has_aux``): its f too runs on each
+    device's own samples, and its params and the replicated leaves of its x have a leading axis of
+    one copy for each device.
 
     Args:
       mesh: devices, from `make_mesh` or `jax.make_mesh`; its axes may be Auto or Explicit.  A
@@ -312,8 +316,7 @@ def sharded_fixed_point(
       >>> round(float(sol.value[0, 0]), 3)
       4.0
     """
-    _check_axis(mesh, axis)
-    whole: Any = PartitionSpec()
+    devices = ShardedMap(mesh, axis)
     split: Any = PartitionSpec(axis)
 
     def fixed_point(
@@ -338,18 +341,18 @@ def sharded_fixed_point(
                 "call deq_jax.fixed_point for a single state"
             )
         is_split = split_leaves(x, _check_batch(z0, mesh.shape[axis]), x_axes)
+        params = devices.copies(params)
+        x = jax.tree.map(lambda a, s: a if s else devices.copies(a), x, is_split)
+        mapped = MappedEquation(f, devices, tuple(jax.tree.leaves(is_split)))
         traced = isinstance(max_steps, (jax.Array, np.ndarray))
         budget = [max_steps] if traced else []
 
         def local(
             params: PyTree, z0: PyTree, x: PyTree, probe: BackwardStats | None, *budget: jax.Array
         ) -> Solution:
-            x = jax.tree.map(lambda a, s: a if s else per_device(a, axis), x, is_split)
             return deq.fixed_point(
                 f,
-                per_device(params, axis),
-                z0,
-                x,
+                *mapped.own(params, z0, x),
                 solver=solver,
                 adjoint=adjoint,
                 max_steps=budget[0] if traced else max_steps,
@@ -361,15 +364,56 @@ def sharded_fixed_point(
                 has_aux=has_aux,
             )
 
-        spec = jax.tree.map(lambda s: split if s else whole, is_split)
-        in_specs = (whole, split, spec, split, *(split if jnp.ndim(b) else whole for b in budget))
+        budgets = (split if jnp.ndim(b) else PartitionSpec() for b in budget)
         by_step: Any = PartitionSpec(None, axis) if trace else None
         stats = SolveStats(num_steps=split, residual=split, converged=split, trace=by_step)
         out = Solution(value=split, stats=stats, states=split, aux=split)
-        mapped = _shard_map(local, mesh, axis, in_specs, out)
-        return mapped(params, z0, x, probe, *budget)
+        solve = _shard_map(local, mesh, axis, (split, split, split, split, *budgets), out)
+        solution = solve(params, z0, x, probe, *budget)
+        if has_aux:  # its f is none of z alone
+            return solution
+        return dataclasses.replace(solution, equation=Equation(f=mapped, params=params, x=x))
 
     return fixed_point
+
+
+@dataclasses.dataclass(frozen=True)
+class MappedEquation:
+    """f(params, z, x) on each device's own samples, without communication.
+
+    Attributes:
+      f: the map.
+      devices: over which the samples are split.
+      split: for each leaf of x whether it is; of params and of other leaves of x there is one copy
+        for each device, from `ShardedMap.copies`.
+
+    Example:
+      >>> devices = ShardedMap(make_mesh())
+      >>> f = MappedEquation(lambda params, z, x: params * z + x, devices, (True,))
+      >>> one = jnp.ones((jax.device_count(), 1))
+      >>> f(devices.copies(jnp.float32(0.5)), one, one)[0].item()
+      1.5
+    """
+
+    f: Map
+    devices: ShardedMap
+    split: tuple[bool, ...]
+
+    def own(self, params: PyTree, z: PyTree, x: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        """Returns f's operands of one device, of what it has of the operands of all."""
+        leaves, structure = jax.tree.flatten(x)
+        leaves = [a if s else a[0] for a, s in zip(leaves, self.split, strict=True)]
+        return _first(params), z, jax.tree.unflatten(structure, leaves)
+
+    def __call__(self, params: PyTree, z: PyTree, x: PyTree) -> PyTree:
+        """Evaluates f."""
+        split: Any = PartitionSpec(self.devices.axis)
+
+        def local(*operands: PyTree) -> PyTree:
+            return self.f(*self.own(*operands))
+
+        mesh, axis = self.devices.mesh, self.devices.axis
+        return _shard_map(local, mesh, axis, (split, split, split), split)(params, z, x)
 
 
 def split_leaves(x: PyTree, batch: int, x_axes: Any = 0) -> PyTree:
@@ -425,46 +469,83 @@ def split_leaves(x: PyTree, batch: int, x_axes: Any = 0) -> PyTree:
     return jax.tree_util.tree_map_with_path(part, x_axes, x, is_leaf=is_none)
 
 
-def sharded_map(
-    mesh: Mesh, *, axis: str = AXIS
-) -> Callable[[Callable[..., PyTree]], Callable[..., PyTree]]:
+@dataclasses.dataclass(frozen=True)
+class ShardedMap:
     """Makes functions run on every device's own examples, without communication.
 
     For work whose amount depends on the examples, such as sorting words by frequency: under plain
     jit it would be done with the examples of all devices gathered.
 
-    Args:
+    Parameters go in as copies, one for each device.  Their gradient is summed over the devices
+    once, however many of such functions take the same copies.
+
+    Attributes:
       mesh: devices; see `sharded_fixed_point`.
       axis: name of the mesh axis that splits the batch; its size must divide B.
-
-    Returns:
-      A wrapper of functions ``(params, *examples) -> examples``, trees of arrays ``[B, ...]`` but
-      for params, whose gradients are summed over the devices.
 
     Raises:
       ValueError: the mesh has no such axis.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> double = sharded_map(make_mesh())(lambda w, x: w * x)
-      >>> double(2.0 * jnp.ones(()), jnp.ones(jax.device_count())).sum() == 2 * jax.device_count()
+      >>> devices = ShardedMap(make_mesh())
+      >>> double = devices(lambda w, x: w * x)
+      >>> w = devices.copies(2.0 * jnp.ones(()))
+      >>> double(w, jnp.ones(jax.device_count())).sum() == 2 * jax.device_count()
       Array(True, dtype=bool)
     """
-    _check_axis(mesh, axis)
-    whole: Any = PartitionSpec()
-    split: Any = PartitionSpec(axis)
 
-    def wrap(f: Callable[..., PyTree]) -> Callable[..., PyTree]:
-        def local(params: PyTree, *examples: PyTree) -> PyTree:
-            return f(per_device(params, axis), *examples)
+    mesh: Mesh
+    axis: str = AXIS
 
-        def mapped(params: PyTree, *examples: PyTree) -> PyTree:
-            specs = (whole, *(split for _ in examples))
-            return _shard_map(local, mesh, axis, specs, split)(params, *examples)
+    def __post_init__(self) -> None:
+        """Refuses a mesh without the axis."""
+        if self.axis not in self.mesh.axis_names:
+            raise ValueError(
+                f"got axis={self.axis!r} for a mesh with the axes {self.mesh.axis_names}; wanted "
+                "the one that splits the batch: pass axis="
+            )
+
+    def copies(self, params: PyTree) -> PyTree:
+        """Gives each device a copy.
+
+        Args:
+          params: tree of arrays.
+
+        Returns:
+          The tree, with a leading axis of one entry for each device, split over them.
+        """
+
+        def local(params: PyTree) -> PyTree:
+            return jax.tree.map(lambda a: a[None], per_device(params, self.axis))
+
+        whole: Any = PartitionSpec()
+        spec: Any = PartitionSpec(self.axis)
+        params = jax.tree.map(jnp.asarray, params)
+        return _shard_map(local, self.mesh, self.axis, (whole,), spec)(params)
+
+    def __call__(self, f: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        """Wraps a function.
+
+        Args:
+          f: ``(params, *examples) -> examples``, trees of arrays ``[B, ...]`` but for params.
+
+        Returns:
+          The same of all devices, which takes `copies` of params.
+        """
+        split: Any = PartitionSpec(self.axis)
+
+        def local(copies: PyTree, *examples: PyTree) -> PyTree:
+            return f(_first(copies), *examples)
+
+        def mapped(copies: PyTree, *examples: PyTree) -> PyTree:
+            specs = (split,) * (1 + len(examples))
+            return _shard_map(local, self.mesh, self.axis, specs, split)(copies, *examples)
 
         return mapped
 
-    return wrap
+
+def _first(copies: PyTree) -> PyTree:
+    return jax.tree.map(lambda a: a[0], copies)
 
 
 def per_device(arrays: PyTree, axis: str) -> PyTree:
@@ -487,14 +568,6 @@ def per_device(arrays: PyTree, axis: str) -> PyTree:
     if axis not in jax.sharding.get_abstract_mesh().manual_axes:
         return arrays
     return jax.tree.map(lambda a: jax.lax.pcast(a, axis, to="varying"), arrays)
-
-
-def _check_axis(mesh: Mesh, axis: str) -> None:
-    if axis not in mesh.axis_names:
-        raise ValueError(
-            f"got axis={axis!r} for a mesh with the axes {mesh.axis_names}; wanted the one that "
-            "splits the batch: pass axis="
-        )
 
 
 def _check_batch(z0: PyTree, devices: int) -> int:

@@ -31,6 +31,10 @@ class TrunkConfig(FamilyConfig):
     groups: int = option(8, "groups of the normalisations in the cell")
     post_affine: bool = option(False, "whether the cell's last normalisation has scale and bias")
     dropout: float = option(0.0, "variational dropout in the blocks, one mask for a solve")
+    remat: bool = option(
+        False, "whether gradients compute the inside of blocks again: less memory, more time",
+        may_change=True,
+    )  # fmt: skip
     downsample: int = option(0, "how often the stem halves the images: 0, 1 or 2")
     momentum: float = option(0.1, "weight of the newest batch in running batch statistics")
 
@@ -85,6 +89,7 @@ def build_mdeq(config: Config, trunk: TrunkConfig, head: nn.Module, mesh: Mesh) 
         groups=trunk.groups,
         post_affine=trunk.post_affine,
         dropout=trunk.dropout,
+        remat=trunk.remat,
         weights=trunk.build_weights(),
     )
     return MDEQ(

@@ -21,6 +21,10 @@ class ModelConfig(FamilyConfig):
     features: int = option(128, "size of the state at every position")
     heads: int = option(4, "attention heads; they divide features")
     hidden: int = option(512, "width of the feed-forward layer")
+    hidden_parts: int = option(
+        1, "parts in which the feed-forward layer is computed, and again in gradients; more take "
+        "less memory and more time", may_change=True,
+    )  # fmt: skip
     pre_norm: bool = option(False, "normalise before attention and feed-forward, not after")
     window: int | None = option(None, "positions attended to, one's own included; none for all")
     memory: int = option(32, "remembered positions before a training segment")

@@ -16,7 +16,7 @@ from deq_jax.models.embeddings import AdaptiveEmbedding
 from deq_jax.models.transformer import DEQTransformer, ExplicitTransformer
 from deq_jax.models.transformer_cell import Memory, TransformerCell
 from deq_jax.training import Batch, Mean, Task, UsageError, metrics
-from deq_jax.training.parallel import require_even, sharded_map, solve_options
+from deq_jax.training.parallel import ShardedMap, require_even, solve_options
 from experiments.language_modeling.config import LanguageConfig
 from experiments.language_modeling.data import Texts, count_words
 
@@ -97,7 +97,7 @@ def build_model(
     """
     part = config.model
     init = nn.initializers.normal(part.init_std)
-    split: dict[str, Any] = {} if mesh is None else {"per_device": sharded_map(mesh)}
+    split: dict[str, Any] = {} if mesh is None else {"per_device": ShardedMap(mesh)}
     try:
         vocab = AdaptiveEmbedding(
             vocab=words,
@@ -118,6 +118,7 @@ def build_model(
         window=part.window,
         dropout=part.dropout,
         attention_dropout=part.attention_dropout,
+        hidden_parts=part.hidden_parts,
         weights=part.build_weights(),
     )
     common: Any = {
