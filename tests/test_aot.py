@@ -53,11 +53,12 @@ def gradient_bytes(name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_step_communicates_in_no_loop_and_its_gradient_at_most_twice(rows, name):
-    """The penalty's gradient, and the table that is read and scored with, are summed apart."""
-    row, gradient = rows[name], gradient_bytes(name)
+def test_a_step_communicates_in_no_loop_and_its_gradient_once(rows, name):
+    """That of the penalty with that of the loss, and of a table once for both of its uses."""
+    row = rows[name]
     assert row["collectives_inside"] == 0
-    assert gradient <= row["bytes_once"] <= 2 * gradient
+    # Beside it there are sums of batch statistics; what positions become is summed, not their map.
+    assert row["bytes_once"] == pytest.approx(gradient_bytes(name), rel=0.05)
 
 
 @pytest.mark.parametrize("name", PRESETS)

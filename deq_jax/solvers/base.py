@@ -124,7 +124,8 @@ class Solution:
     Attributes:
       value: the fixed point of every sample, a tree like ``z0``.
       stats: how it was found.
-      equation: set by the Flax layers, whose users hold neither f nor its parameters.
+      equation: set by the Flax layers, whose users hold neither f nor its parameters, and by
+        `training.parallel.sharded_fixed_point`.
       states: the sampled iterates, trees like ``z0``; empty if none were asked for.
       aux: what f returns beside z, at ``value``; None without ``has_aux``.
     """
