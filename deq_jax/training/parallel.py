@@ -352,7 +352,9 @@ def sharded_fixed_point(
         ) -> Solution:
             return deq.fixed_point(
                 f,
-                *mapped.own(params, z0, x),
+                _first(params),
+                z0,
+                mapped.own(x),
                 solver=solver,
                 adjoint=adjoint,
                 max_steps=budget[0] if traced else max_steps,
@@ -399,21 +401,16 @@ class MappedEquation:
     devices: ShardedMap
     split: tuple[bool, ...]
 
-    def own(self, params: PyTree, z: PyTree, x: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-        """Returns f's operands of one device, of what it has of the operands of all."""
+    def own(self, x: PyTree) -> PyTree:
+        """Returns f's x on one device, of what the device has of the x of all."""
         leaves, structure = jax.tree.flatten(x)
         leaves = [a if s else a[0] for a, s in zip(leaves, self.split, strict=True)]
-        return _first(params), z, jax.tree.unflatten(structure, leaves)
+        return jax.tree.unflatten(structure, leaves)
 
     def __call__(self, params: PyTree, z: PyTree, x: PyTree) -> PyTree:
         """Evaluates f."""
-        split: Any = PartitionSpec(self.devices.axis)
-
-        def local(*operands: PyTree) -> PyTree:
-            return self.f(*self.own(*operands))
-
-        mesh, axis = self.devices.mesh, self.devices.axis
-        return _shard_map(local, mesh, axis, (split, split, split), split)(params, z, x)
+        local = self.devices(lambda params, z, x: self.f(params, z, self.own(x)))
+        return local(params, z, x)
 
 
 def split_leaves(x: PyTree, batch: int, x_axes: Any = 0) -> PyTree:
