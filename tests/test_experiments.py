@@ -104,15 +104,14 @@ def test_toy_regression_draws_its_map_and_table(tmp_path, capsys, two_devices):
 def test_spirals_are_separated(tmp_path, capsys, two_devices):
     """The experiment that is one file, shortened."""
     preset = spirals_main.PRESETS["spirals"]
-    part = dataclasses.replace(preset.train, steps=300, log_every=100, eval_every=0)
+    part = dataclasses.replace(preset.train, steps=600, log_every=200, eval_every=0)
     solver = dataclasses.replace(preset.solver, max_steps=8)
     config = dataclasses.replace(
         preset, workdir=str(tmp_path / "run"), train=part, turns=0.8, solver=solver
     )
     trained = spirals_main.run(config)
     assert "| accuracy at 30 steps" in capsys.readouterr().out
-    # Twelve short trainings, of several seeds, ended at 0.78 to 0.98.
-    assert trained["jr"].result.evaluation[30]["accuracy"] > 0.7
+    assert trained["jr"].result.evaluation[30]["accuracy"] > 0.9
     assert (tmp_path / "run" / "boundary.png").stat().st_size > 10_000
     lines = Path(spirals_main.__file__).read_text().splitlines()
     assert len(lines) <= 150
