@@ -16,7 +16,8 @@ could do the operations, or move operands and results of all kernels to and from
 evaluation of f, and of a training step at its full budgets without the penalty's loops; ceilings
 are those of `benchmarks.targets`, and what a cache holds takes less.
 
-Writes TARGET.json and TARGET.png (TARGET-bf16 for --precision=bf16) and prints the tables.
+Writes TARGET.json and TARGET.png (TARGET-bf16 for --precision=bf16, TARGET-sharded for
+--shard_above=N) and prints the tables.
 """
 
 import argparse
@@ -72,8 +73,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         arguments: instead of sys.argv.
 
     Returns:
-        The target, the cases, those of them that are presets, examples a device, the precision,
-        where to keep programs, and the output folder.
+        The target, the cases, those of them that are presets, examples a device, precision and
+        size of sharded arrays, where to keep programs, and the output folder.
     """
     parser = argparse.ArgumentParser(description="Read programs compiled for accelerators.")
     parser.add_argument("--target", required=True, help=targets.FORMS)
@@ -82,11 +83,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--per_device", type=int, help="examples of a preset on a device; its own batch if absent"
     )
     parser.add_argument("--precision", choices=("float32", "bf16"), help="of f, in presets")
+    parser.add_argument(
+        "--shard_above", type=int, help="splits arrays of presets as the experiments' flag does"
+    )
     parser.add_argument("--texts", type=Path, help="folder for the texts of the programs")
     parser.add_argument("--out", type=Path, default=RESULTS / "accelerators")
     options = parser.parse_args(arguments)
-    if options.per_device is not None and options.per_device < 1:
-        parser.error(f"got --per_device={options.per_device}; wanted at least 1")
+    for name in ("per_device", "shard_above"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"got --{name}={value}; wanted at least 1")
     options.presets = [name for name in options.cases if name not in (*SOLVERS, "MDEQ")]
     return options
 
@@ -176,9 +181,7 @@ def _mdeq() -> tuple[dict[str, tuple[Any, Any]], int, str]:
     return {"MDEQ LARGE": solve, "its f alone": (f, inside)}, shortest, shape
 
 
-def _step(
-    target: Target, name: str, per_device: int | None, precision: str | None
-) -> tuple[str, dict]:
+def _step(target: Target, name: str, options: argparse.Namespace) -> tuple[str, dict]:
     """The text of a preset's training step, and its row."""
     from deq_jax.training import fields
     from deq_jax.training.parallel import make_mesh, require_even
@@ -194,9 +197,11 @@ def _step(
             values["data.eval_batch_size"] = size
         return fields.replace(config, values)
 
-    if precision and name not in RIVALS.values():  # there it is always float32
-        config = fields.replace(config, {"precision": precision})
-    config = of_batch((per_device or 0) * mesh.size or config.train.batch_size)
+    if options.precision and name not in RIVALS.values():  # there it is always float32
+        config = fields.replace(config, {"precision": options.precision})
+    if options.shard_above:
+        config = fields.replace(config, {"shard_above": options.shard_above})
+    config = of_batch((options.per_device or 0) * mesh.size or config.train.batch_size)
     require_even("train.batch_size", config.train.batch_size, mesh.size)
     program, _, seconds = dry_run.compile_step(
         config, experiment.build_task(config, mesh, None), mesh
@@ -209,6 +214,7 @@ def _step(
         "examples": config.train.batch_size,
         "devices": mesh.size,
         "precision": config.precision,
+        "shard_above": config.shard_above,
         "seconds": seconds,
         "loops": [body.total for body, _ in loops(text)] if target.is_gpu else None,
         "collectives_inside": len(inside),
@@ -286,7 +292,7 @@ def _measure(options: argparse.Namespace, target: Target) -> tuple[list[dict], l
         for name, (function, operands) in cases.items():
             add(name, state, history, function, operands)
     for name in options.presets:
-        text, row = _step(target, name, options.per_device, options.precision)
+        text, row = _step(target, name, options)
         steps.append(row)
         keep(name, text)
     return solves, steps
@@ -394,6 +400,7 @@ def main() -> None:
     except UsageError as error:
         sys.exit(f"error: {error}")
     name = target.name.replace(":", "-") + ("-bf16" if options.precision == "bf16" else "")
+    name += "-sharded" if options.shard_above else ""
     write(
         options.out / f"{name}.json",
         ("jax", "jaxlib", target.compiler, "flax"),

@@ -25,7 +25,8 @@ from deq_jax import testing
 from deq_jax.models.convolution import conv2d
 from deq_jax.training import make_train_step, metrics, parallel
 from deq_jax.training.checkpoint import read, saved_steps
-from deq_jax.training.parallel import in_bfloat16, place
+from deq_jax.training.parallel import place
+from deq_jax.training.solving import in_bfloat16
 from deq_jax.training.state import create_state
 from experiments.image_classification import data as image_data
 from experiments.image_classification import task as image_task

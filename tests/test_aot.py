@@ -86,6 +86,7 @@ def test_an_unknown_target_ends_in_one_sentence(name):
     [
         (["--cases", "Picard", "nothing"], "got --cases nothing; wanted Picard, "),
         (["--cases", "prose", "--per_device=0"], "got --per_device=0; wanted at least 1"),
+        (["--cases", "prose", "--shard_above=0"], "got --shard_above=0; wanted at least 1"),
         (["--target=tpu-v5e:4x8", "--cases", "prose"], "error: got --train.batch_size=16 for 32"),
     ],
 )

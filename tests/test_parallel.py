@@ -33,7 +33,8 @@ from deq_jax.training import (
 )
 from deq_jax.training.evaluation import Evaluator
 from deq_jax.training.optim import make_optimizer
-from deq_jax.training.parallel import InBfloat16, in_bfloat16, pad, place
+from deq_jax.training.parallel import pad, place
+from deq_jax.training.solving import InBfloat16, in_bfloat16, make_fixed_point
 from deq_jax.training.state import TrainState, abstract_state, create_state
 from deq_jax.training.step import make_update
 
@@ -76,7 +77,7 @@ def Weighted(config, fixed_point=deq.fixed_point):
 def run(task, config, devices=1, steps=2):
     """State and metrics after some steps."""
     mesh = parallel.make_mesh(jax.devices()[:devices])
-    task = task(config, parallel.make_fixed_point(config, mesh))
+    task = task(config, make_fixed_point(config, mesh))
     optimizer = make_optimizer(config.optim, config.train.steps)
     state = create_state(task, optimizer, 0, mesh, shard_above=config.shard_above)
     step = make_train_step(task, config, optimizer, mesh)

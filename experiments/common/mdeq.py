@@ -14,7 +14,7 @@ from deq_jax.models.mdeq import MDEQ
 from deq_jax.models.mdeq_cell import MDEQCell, check_cell
 from deq_jax.solvers.base import StopMode
 from deq_jax.training import BackwardConfig, Config, SolverConfig, option, require
-from deq_jax.training.parallel import solve_options
+from deq_jax.training.solving import solve_options
 from experiments.common.families import FamilyConfig
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from deq_jax.models import mlp
 from deq_jax.training import Task
-from deq_jax.training.parallel import solve_options
+from deq_jax.training.solving import solve_options
 from deq_jax.training.task import init
 from experiments.common.families import FAMILIES
 from experiments.image_classification.task import cross_entropy

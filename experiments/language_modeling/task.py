@@ -16,7 +16,8 @@ from deq_jax.models.embeddings import AdaptiveEmbedding
 from deq_jax.models.transformer import DEQTransformer, ExplicitTransformer
 from deq_jax.models.transformer_cell import Memory, TransformerCell
 from deq_jax.training import Batch, Mean, Task, UsageError, metrics
-from deq_jax.training.parallel import ShardedMap, require_even, solve_options
+from deq_jax.training.parallel import ShardedMap, require_even
+from deq_jax.training.solving import solve_options
 from experiments.language_modeling.config import LanguageConfig
 from experiments.language_modeling.data import Texts, count_words
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from deq_jax.models.looped import LoopedCell, LoopedTransformer
 from deq_jax.training import Batch, Mean, Task
-from deq_jax.training.parallel import solve_options
+from deq_jax.training.solving import solve_options
 from experiments.reasoning.config import DataConfig, ReasoningConfig
 
 

@@ -32,7 +32,7 @@ from deq_jax.training import (
     option,
     require,
 )
-from deq_jax.training.parallel import solve_options
+from deq_jax.training.solving import solve_options
 from deq_jax.training.task import forward
 from experiments.common import reporting
 from experiments.common.compare import ComparedConfig

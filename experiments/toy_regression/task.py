@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from deq_jax.data import synthetic
 from deq_jax.models.mlp import ScalarDEQ
 from deq_jax.training import Batch, Mean, Task
-from deq_jax.training.parallel import solve_options
+from deq_jax.training.solving import solve_options
 from experiments.common import compare
 from experiments.common.run import Data, open_batches
 from experiments.toy_regression.config import ToyConfig
