@@ -5,11 +5,11 @@
     python -m benchmarks.presets --names imagenet_xl --batch 2
 
 The data sets of the published presets are large, and their models want accelerators.  Here each of
-them trains on random examples of the right shapes, few at a time, on one device of this machine, in
-a process of its own.  A penalty that a preset applies to few steps is applied to half of them.
-Parameters, the bytes of the training state and the operations of a step are those of the preset as
-published; the body of a loop counts once, as one step of a solve.  Memory and time are those of the
-small batch.  Writes presets.json and prints the table.
+them trains on random examples of the right shapes, few at a time and crops no larger than --crop,
+on one device of this machine, in a process of its own.  A penalty that a preset applies to few
+steps is applied to half of them.  Parameters, the bytes of the training state and the operations of
+a step are those of the preset as published; the body of a loop counts once, as one step of a solve.
+Memory and time are those of the small batch.  Writes presets.json and prints the table.
 """
 
 import argparse
@@ -44,6 +44,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     names = tuple(presets(EXPERIMENTS))
     parser.add_argument("--names", nargs="+", choices=names, default=names)
     parser.add_argument("--batch", type=int, default=2, help="examples that are trained on here")
+    parser.add_argument("--crop", type=int, default=64, help="largest side of a scene here")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
@@ -53,7 +54,7 @@ def measure(request: dict) -> dict:
     """Trains one preset.
 
     Args:
-        request: "preset", "batch" and "steps".
+        request: "preset", "batch", "crop" and "steps".
 
     Returns:
         Sizes, times and losses.
@@ -73,6 +74,9 @@ def measure(request: dict) -> dict:
         train=dataclasses.replace(config.train, batch_size=request["batch"]),
         jac=dataclasses.replace(config.jac, prob=max(config.jac.prob, 0.5)),
     )
+    if crop := getattr(config.data, "crop", None):
+        sides = tuple(min(side, request["crop"]) for side in crop)
+        small = dataclasses.replace(small, data=dataclasses.replace(config.data, crop=sides))
     task = experiment.build_task(small, mesh, None)
     program, _, seconds = dry_run.compile_step(small, task, mesh)
     memory = program.memory_analysis()
@@ -165,7 +169,8 @@ def main() -> None:
     """Runs everything and writes the results; exits with 1 if a preset failed."""
     options, rows = parse(), []
     for name in options.names:
-        found = in_process(MODULE, {"preset": name, "batch": options.batch, "steps": options.steps})
+        request = {key: getattr(options, key) for key in ("batch", "crop", "steps")}
+        found = in_process(MODULE, {"preset": name, **request})
         if not np.isfinite(found.get("losses", 0)).all():
             found = {"error": f"losses {found['losses']}"}
         rows.append({"preset": name, "examples": options.batch, **found})

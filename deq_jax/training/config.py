@@ -386,8 +386,8 @@ class Config:
         "float32", "of f; bf16: f in bfloat16, parameters, solvers and all else in float32"
     )
     shard_above: int | None = option(
-        None, "numbers in an array of parameters from which on it is split over the devices, its "
-        "optimiser state too; none: each device holds all",
+        None, "numbers in an array of parameters from which on it is split over the devices, as "
+        "far as a side divides, its optimiser state too; none: each device holds all",
         may_change=True,
     )  # fmt: skip
     solver: SolverConfig = SolverConfig()
