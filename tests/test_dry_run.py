@@ -44,7 +44,8 @@ def test_a_dry_run_counts_and_leaves_nothing(tmp_path, capsys, monkeypatch):
         for i in (0, 1)
     )
     assert plain[:2] == penalised[:2] and plain[3] < penalised[3]
-    images = 48 * 32 * 32 * 3 * 4 / 2**20  # of one device; Adam holds the parameters three times
+    # Images of one device; Adam holds the parameters three times.
+    images = config.train.batch_size // 2 * 32 * 32 * 3 * 4 / 2**20
     assert plain[1] == pytest.approx(images + 3 * 4 * plain[0] / 2**20, rel=0.05, abs=0.1)
     assert list(tmp_path.iterdir()) == []
     uneven = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=15))
