@@ -13,7 +13,6 @@ Memory and time are those of the small batch.  Writes presets.json and prints th
 """
 
 import argparse
-import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -61,6 +60,7 @@ def measure(request: dict) -> dict:
     """
     import jax
 
+    from deq_jax.training import fields
     from deq_jax.training.parallel import make_mesh
     from experiments.common import dry_run
 
@@ -69,14 +69,10 @@ def measure(request: dict) -> dict:
     published = experiment.build_task(config, mesh, None)
     step, state = dry_run.step_and_state(config, published, mesh)
     flops = step.lower(state, dry_run.batch(config, published, mesh)).cost_analysis()["flops"]
-    small: Any = dataclasses.replace(
-        config,
-        train=dataclasses.replace(config.train, batch_size=request["batch"]),
-        jac=dataclasses.replace(config.jac, prob=max(config.jac.prob, 0.5)),
-    )
+    changes = {"train.batch_size": request["batch"], "jac.prob": max(config.jac.prob, 0.5)}
     if crop := getattr(config.data, "crop", None):
-        sides = tuple(min(side, request["crop"]) for side in crop)
-        small = dataclasses.replace(small, data=dataclasses.replace(config.data, crop=sides))
+        changes["data.crop"] = tuple(min(side, request["crop"]) for side in crop)
+    small = fields.replace(config, changes)
     task = experiment.build_task(small, mesh, None)
     program, _, seconds = dry_run.compile_step(small, task, mesh)
     memory = program.memory_analysis()

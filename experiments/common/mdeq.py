@@ -125,13 +125,16 @@ def image_shapes(
     }
 
 
-def broyden(forward: int, backward: int, stop: StopMode) -> dict[str, Any]:
-    """Broyden's method both ways with the published tolerance, 1e-3.
+def broyden(
+    forward: int, backward: int, stop: StopMode, *, backward_tol: float = 1e-3
+) -> dict[str, Any]:
+    """Broyden's method both ways, forward with the published tolerance, 1e-3.
 
     Args:
       forward: evaluations of f in training.
       backward: products with the Jacobian in training.
       stop: what the tolerance is for, in both directions.
+      backward_tol: tolerance of the backward solve; the published one if absent.
 
     Returns:
       solver and backward, as keyword arguments of a `Config`.
@@ -140,8 +143,8 @@ def broyden(forward: int, backward: int, stop: StopMode) -> dict[str, Any]:
       >>> broyden(18, 20, "rel")["solver"].max_steps
       18
     """
-    common: dict[str, Any] = {"tol": 1e-3, "stop": stop}
+    back = BackwardConfig(solver="broyden", max_steps=backward, tol=backward_tol, stop=stop)
     return {
-        "solver": SolverConfig(name="broyden", max_steps=forward, **common),
-        "backward": BackwardConfig(solver="broyden", max_steps=backward, **common),
+        "solver": SolverConfig(name="broyden", max_steps=forward, tol=1e-3, stop=stop),
+        "backward": back,
     }

@@ -35,14 +35,7 @@ import dataclasses
 from typing import Any
 
 from deq_jax.solvers.base import StopMode
-from deq_jax.training import (
-    BackwardConfig,
-    EvalConfig,
-    JacConfig,
-    OptimConfig,
-    SolverConfig,
-    TrainConfig,
-)
+from deq_jax.training import EvalConfig, JacConfig, OptimConfig, TrainConfig
 from experiments.common import compare, mdeq
 from experiments.image_classification.config import DataConfig, ImageConfig, ModelConfig
 
@@ -176,8 +169,7 @@ CIFAR_SMALL = ImageConfig(
     model=ModelConfig(channels=(24, 48), expansion=2, head=(16, 32), final=256, downsample=1),
     data=CIFAR,
     compare=True,
-    solver=SolverConfig(name="broyden", tol=1e-3, max_steps=8),
-    backward=BackwardConfig(solver="broyden", tol=1e-2, max_steps=7),
+    **mdeq.broyden(8, 7, "rel", backward_tol=1e-2),
     jac=JacConfig(gamma=2.0, prob=0.5, probes=1, budget_low=-2, budget_on="all"),
     optim=dataclasses.replace(CIFAR_ADAM, clip=1.0),
     train=schedule(3, CIFAR_EXAMPLES, 32, warmup=(670, 8)),
