@@ -132,7 +132,28 @@ def machine(device: str = "cpu") -> str:
     return platform.processor() or platform.machine()
 
 
-def compiled(function: Callable[..., Any], *operands: Any) -> Callable[[], Any]:
+class Compiled:
+    """A program of JAX with its operands.
+
+    Attributes:
+        mb: MiB that a run takes above its operands, which the compiler has laid out; what a GPU's
+            allocator counts is also the choosing of kernels.
+    """
+
+    def __init__(self, program: Any, operands: tuple) -> None:
+        """Reads the compiled program; operands are the only ones that it will get."""
+        self._program, self._operands = program, operands
+        memory = program.memory_analysis()
+        self.mb = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20
+
+    def __call__(self) -> Any:
+        """Runs it, and blocks until it is done."""
+        import jax
+
+        return jax.block_until_ready(self._program(*self._operands))
+
+
+def compiled(function: Callable[..., Any], *operands: Any) -> Compiled:
     """Compiles a function of JAX.
 
     Args:
@@ -144,15 +165,13 @@ def compiled(function: Callable[..., Any], *operands: Any) -> Callable[[], Any]:
     """
     import jax
 
-    program = jax.jit(function).lower(*operands).compile()
-    return lambda: jax.block_until_ready(program(*operands))
+    return Compiled(jax.jit(function).lower(*operands).compile(), operands)
 
 
 def timed(
     run: Callable[[], Any],
     repeats: int,
     device: str = "cpu",
-    library: str = "deq_jax",
     seconds: float = 6.0,
     beside: Sequence[Callable[[], Any]] = (),
 ) -> dict:
@@ -162,7 +181,6 @@ def timed(
         run: runs it once, and blocks until it is done.
         repeats: timed runs, fewer if `seconds` are over and three are done.
         device: "cpu" or "gpu".
-        library: "torchdeq", or one that runs on JAX.
         seconds: the budget.
         beside: other programs, timed in turns with it: a disturbance of the machine hits all alike.
 
@@ -171,7 +189,7 @@ def timed(
         that are not idle; "peak_mb", how far the first run lifts the memory above what inputs,
         libraries and program take; "beside_ms", medians of the others, if there are any.
     """
-    peak = _peak_mb(run, device, library)
+    peak = _peak_mb(run, device)
     first, *others = _times_ms([run, *beside], repeats, seconds)
     walls, cpus = zip(*first, strict=True)
     found = {
@@ -199,8 +217,8 @@ def _times_ms(runs: list, repeats: int, seconds: float) -> list[list[tuple[float
     return times
 
 
-def _peak_mb(run: Callable[[], Any], device: str, library: str) -> float:
-    """The resident memory of the process, or what the library allocates on a GPU, in MiB."""
+def _peak_mb(run: Callable[[], Any], device: str) -> float:
+    """The resident memory of the process; on a GPU, what the program or PyTorch takes; in MiB."""
     if device == "cpu":
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as reset:
@@ -208,19 +226,14 @@ def _peak_mb(run: Callable[[], Any], device: str, library: str) -> float:
         before = _resident_mb("VmRSS")
         run()
         return _resident_mb("VmHWM") - before
-    if library == "torchdeq":
-        import torch  # pyright: ignore[reportMissingImports]
+    if isinstance(run, Compiled):
+        return run.mb
+    import torch  # pyright: ignore[reportMissingImports]
 
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    import jax
-
-    allocator = jax.devices()[0]
-    before = (allocator.memory_stats() or {}).get("bytes_in_use", 0)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     run()
-    return ((allocator.memory_stats() or {}).get("peak_bytes_in_use", 0) - before) / 2**20
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def _resident_mb(field: str) -> float:

@@ -254,7 +254,7 @@ def measure(request: dict) -> dict:
         # Code and threads that a library loads at its first run are no memory of the case's.
         _build(dataclasses.replace(case, size="toy", batch=2))[0]()
     run, counts = _build(case)
-    found = timed(run, request["repeats"], case.device, case.library)
+    found = timed(run, request["repeats"], case.device)
     tokens = case.batch * SIZES[case.size].length
     return found | {"tokens_s": 1e3 * tokens / found["ms"]} | counts()
 

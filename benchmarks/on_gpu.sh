@@ -14,7 +14,7 @@ mkdir -p "$folder"
 [ $# -gt 0 ] || set -- tests solvers vision language
 
 tests() {
-  python3 -m pytest -m accelerator tests/test_accelerator.py -n "${PROCESSES:-8}" --durations=8
+  python3 -m pytest -p no:benchmark -m accelerator tests/test_accelerator.py -n "${PROCESSES:-8}" --durations=8
 }
 
 solvers() {

@@ -245,7 +245,7 @@ def _measure_solve(case: Case, repeats: int) -> dict:
     program = _torchdeq(case) if case.library == "torchdeq" else _jax(case)
     program.evaluate()
     beside = [program.evaluate]
-    found = timed(program.run, repeats, case.device, case.library, beside=beside)
+    found = timed(program.run, repeats, case.device, beside=beside)
     (evaluations_ms,) = found.pop("beside_ms")
     return found | {
         "evaluation_ms": evaluations_ms / case.steps,
@@ -525,9 +525,10 @@ def main() -> None:
             for name in options.libraries
             for rule in RULES.get(name, ())
         ]
+    peers = [name for name in packages if name != "deq_jax"]  # it may not be installed
     write(
         options.out / "solvers.json",
-        (*packages, "jax", *(["torch"] if "torchdeq" in packages else [])),
+        (*peers, "jax", *(["torch"] if "torchdeq" in peers else [])),
         machine=machine(options.device),
         rows=rows,
         gradients=gradients,

@@ -158,7 +158,7 @@ def measure(request: dict) -> dict:
 
         config = _config(case.model, case.batch)
         run, counts = _vision_torch.build(case, config, _batch(case.batch))
-    found = timed(run, request["repeats"], case.device, case.library)
+    found = timed(run, request["repeats"], case.device)
     return found | {"evaluations": counts()["evaluations"]}
 
 

@@ -141,7 +141,9 @@ def test_every_rule_gives_the_gradient_of_the_cpu(device, rule):
     def run(*parts):
         return jax.grad(partial(loss, rule), (0, 2), has_aux=True)(*parts)[0]
 
-    assert_near(*on_both(device, run, *operands()), 1e-4)
+    # The last factors of Broyden's method come of rounding, and Shine's gradient hangs on them:
+    # on a CPU, weights changed by 1e-7 of themselves change it by 5e-3.
+    assert_near(*on_both(device, run, *operands()), 1e-2 if rule == "shine" else 1e-4)
 
 
 @pytest.mark.parametrize("rule", ["implicit", "forward", "backprop"])

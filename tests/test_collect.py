@@ -56,11 +56,10 @@ def test_a_measure_is_drawn_over_its_budgets(runs, tmp_path, capsys):
     assert "got --curve; wanted --out" in capsys.readouterr().err
 
 
-def test_what_is_beside_the_models_has_no_curve(runs, tmp_path):
-    """Facts of a text come first or last, and one run may lack a budget."""
+def test_a_curve_has_the_budgets_of_all_runs(runs, tmp_path):
     write, _ = runs
-    some = write("some", facts={"words": 9}, jr={"loss": {"1": 3.0, "2": 2.0}})
-    more = write("more", facts={"words": 9}, jr={"loss": {"1": 3.5, "2": 2.5, "10": 1.0}})
+    some = write("some", jr={"loss": {"1": 3.0, "2": 2.0}})
+    more = write("more", jr={"loss": {"1": 3.5, "2": 2.5, "10": 1.0}})
     for order in ([some, more], [more, some]):
         collect.draw_curve(collect.gather(order), "loss", tmp_path / "loss.png")
         assert (tmp_path / "loss.png").stat().st_size > 1000

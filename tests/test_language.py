@@ -88,7 +88,7 @@ def test_it_trains_reports_and_generates(tmp_path, capsys, two_devices, small_te
         "spectral radius", "words per second", "steps backward in training", "Over training:",
     ):  # fmt: skip
         assert row in table
-    numbers = json.loads((tmp_path / "run" / "results.json").read_text())
+    (numbers,) = json.loads((tmp_path / "run" / "results.json").read_text()).values()
     tokens = {"valid": 2 * 23 - 1, "test": 3 * 23 - 1}
     assert numbers["predicted"] == tokens
     assert numbers["words"] == len(set(TEXT.split())) + 1

@@ -182,15 +182,13 @@ def draw_curve(columns: Columns, name: str, path: Path) -> None:
       UsageError: the runs have no such measure.
     """
     pattern = re.compile(rf"{re.escape(name)} (\d+)")
-    # What is beside the models, such as the size of a vocabulary, has no such measure.
-    models = {m: runs for m, runs in columns.items() if any(map(pattern.fullmatch, runs[0]))}
-    if not models:
+    shared = set.intersection(*(set(run) for runs in columns.values() for run in runs))
+    budgets = sorted(int(found[1]) for key in shared if (found := pattern.fullmatch(key)))
+    if not budgets:
         known = ", ".join(key for runs in columns.values() for key in runs[0])
         raise UsageError(f"got --curve={name!r}; wanted a measure at budgets, of {known}")
-    shared = set.intersection(*(set(run) for runs in models.values() for run in runs))
-    budgets = sorted(int(found[1]) for key in shared if (found := pattern.fullmatch(key)))
     figure, ((axis,),) = reporting.new_figure(1, 1, (5.2, 3.8))
-    for i, (model, runs) in enumerate(models.items()):
+    for i, (model, runs) in enumerate(columns.items()):
         label, color = (
             reporting.NAMES.get(model, model),
             reporting.COLORS[i % len(reporting.COLORS)],

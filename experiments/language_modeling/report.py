@@ -99,7 +99,7 @@ def write(
     if stability := over_training(trained):
         text += f"\nOver training:\n\n{stability}"
     facts = {"unigram": unigram, "words": words, "predicted": predicted}
-    reporting.write(folder, text, columns | facts)
+    reporting.write(folder, text, {name: column | facts for name, column in columns.items()})
     draw(folder / "results.png", config, trained, columns, unigram["valid"])
     return text
 
