@@ -224,6 +224,25 @@ def test_without_a_penalty_none_is_compiled():
     assert not is_penalised(with_jac(gamma=0.1), warmup=True)
 
 
+def conditionals(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "cond":
+            yield equation
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from conditionals(inner)
+
+
+def test_of_the_penalty_only_its_gradient_is_kept():
+    """A step without one would fill as much with zeros."""
+    _, mesh, state, step = build(with_jac(gamma=1.0, prob=0.5))
+    program = jax.make_jaxpr(step)(state, place(BATCH, mesh))
+    weights, injected, mask = example.WIDTH**2, 16 * example.WIDTH, 16 * example.WIDTH
+    kept = [sum(v.aval.size for v in e.outvars) for e in conditionals(program.jaxpr)]
+    assert max(kept) == 1 + weights + injected + mask
+
+
 def test_a_custom_solver_is_kept_in_evaluation_too():
     config = dataclasses.replace(ANDERSON, eval=EvalConfig(max_steps=30))
     model = example.Regression(config).model

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import deq_jax as deq
 from deq_jax.errors import UsageError
 from deq_jax.training.config import Config, JacConfig, TrainConfig
+from deq_jax.training.gate import value_if
 from deq_jax.training.metrics import Mean
 from deq_jax.training.optim import make_schedule
 from deq_jax.training.parallel import AXIS, batch_sharding, per_device, replicated
@@ -357,12 +358,13 @@ def _penalty(
             "attribute solver that returns (output, solution), or jac.gamma, jac.increment and "
             "jac.warmup_gamma of 0"
         )
-    at = found.solution.at
-    return lax.cond(
-        penalise,
-        lambda: deq.frobenius_penalty(*at, key=key, probes=probes).astype(jnp.float32),
-        lambda: none,
-    )
+    f, params, z, x = found.solution.at
+
+    def penalty(operands: Any, constants: Any) -> jax.Array:
+        (params, x), (z, key) = operands, constants
+        return deq.frobenius_penalty(f, params, z, x, key=key, probes=probes).astype(jnp.float32)
+
+    return value_if(penalise, penalty, (params, x), (lax.stop_gradient(z), key), none)
 
 
 def over_parts(
