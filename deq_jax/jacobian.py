@@ -66,14 +66,15 @@ def frobenius_penalty(
     size = sum(leaf.size for leaf in jax.tree.leaves(z))
     out, vjp = _linearized(f, params, z, x)
 
-    def squared_norm(probe_key: jax.Array) -> jax.Array:
-        return _squared_norms(out, vjp, probe_key).sum() / size
+    def squared_norms(probe_key: jax.Array) -> jax.Array:
+        return _squared_norms(out, vjp, probe_key)
 
     if probes == 1:
-        return squared_norm(key)
-    # Recomputed in the backward pass: only one probe's intermediate values are ever stored.
-    body = jax.checkpoint(squared_norm, prevent_cse=False)
-    return lax.map(body, jax.random.split(key, probes)).mean()
+        return squared_norms(key).sum() / size
+    # Recomputed in the backward pass: only one probe's intermediate values are ever stored.  The
+    # samples, which may lie on several devices, are summed after the loop.
+    body = jax.checkpoint(squared_norms, prevent_cse=False)
+    return lax.map(body, jax.random.split(key, probes)).sum() / (size * probes)
 
 
 def penalty_per_sample(

@@ -525,7 +525,8 @@ def test_a_sharded_solve_has_the_signature_of_the_plain_one():
     assert numbers.stats.num_steps.shape == (8,)
 
 
-def test_solve_and_penalty_sum_the_gradient_over_the_devices_once():
+@pytest.mark.parametrize("probes", [1, 2])
+def test_solve_and_penalty_sum_the_gradient_over_the_devices_once(probes):
     """Of parameters and of what all samples share, though the penalty stands in a conditional."""
     mesh = parallel.make_mesh(jax.devices()[:4])
     solver = deq.Picard(tol=1e-6, max_steps=30)
@@ -543,7 +544,9 @@ def test_solve_and_penalty_sum_the_gradient_over_the_devices_once():
         at = sol.at if sol.equation else (f, w, sol.value, operands)
         key = jax.random.key(3)
         penalty = jax.lax.cond(
-            penalise, lambda: deq.frobenius_penalty(*at, key=key), lambda: jnp.float32(0)
+            penalise,
+            lambda: deq.frobenius_penalty(*at, key=key, probes=probes),
+            lambda: jnp.float32(0),
         )
         return (sol.value**2).mean() + penalty
 
@@ -554,7 +557,9 @@ def test_solve_and_penalty_sum_the_gradient_over_the_devices_once():
         got = step((w, bias), placed, penalise)
         wanted = jax.value_and_grad(loss)((w, bias), x, penalise, deq.fixed_point)
         assert_close(got, wanted, rtol=1e-5, atol=1e-6)
-    assert step.lower((w, bias), placed, True).as_text().count("all_reduce") == 2
+    program = step.lower((w, bias), placed, True)
+    assert program.as_text().count("all_reduce") == 2
+    assert not {c.place for c in collectives(program.compile().as_text())} & set(LOOPS)
 
 
 def test_a_transformer_says_what_of_its_operands_is_split():
