@@ -5,6 +5,7 @@ A benchmark is one module: without a request its `main` runs, with one it measur
 """
 
 import ctypes
+import dataclasses
 import json
 import os
 import platform
@@ -132,25 +133,27 @@ def machine(device: str = "cpu") -> str:
     return platform.processor() or platform.machine()
 
 
+@dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A program of JAX with its operands.
+    """A program of JAX, and the only operands that it gets; a call blocks until it is done."""
 
-    Attributes:
-        mb: MiB that a run takes above its operands, which the compiler has laid out; what a GPU's
-            allocator counts is also the choosing of kernels.
-    """
-
-    def __init__(self, program: Any, operands: tuple) -> None:
-        """Reads the compiled program; operands are the only ones that it will get."""
-        self._program, self._operands = program, operands
-        memory = program.memory_analysis()
-        self.mb = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20
+    program: Any
+    operands: tuple
 
     def __call__(self) -> Any:
-        """Runs it, and blocks until it is done."""
+        """Runs it."""
         import jax
 
-        return jax.block_until_ready(self._program(*self._operands))
+        return jax.block_until_ready(self.program(*self.operands))
+
+    @property
+    def mb(self) -> float:
+        """MiB that a run takes above its operands.
+
+        The compiler has laid them out; a GPU's allocator would count the choice of kernels too.
+        """
+        memory = self.program.memory_analysis()
+        return (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20
 
 
 def compiled(function: Callable[..., Any], *operands: Any) -> Compiled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -66,9 +67,7 @@ def frobenius_penalty(
     size = sum(leaf.size for leaf in jax.tree.leaves(z))
     out, vjp = _linearized(f, params, z, x)
 
-    def squared_norms(probe_key: jax.Array) -> jax.Array:
-        return _squared_norms(out, vjp, probe_key)
-
+    squared_norms = functools.partial(_squared_norms, out, vjp)
     if probes == 1:
         return squared_norms(key).sum() / size
     # Recomputed in the backward pass: only one probe's intermediate values are ever stored.  The

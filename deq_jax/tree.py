@@ -233,6 +233,39 @@ def vary(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(leaf, tree)
 
 
+class Floats:
+    """The floating-point leaves of a tree, which are what has gradients.
+
+    Args:
+      tree: tree of arrays.
+
+    Example:
+      >>> part = Floats({"count": jnp.int32(3), "weight": jnp.float32(2)})
+      >>> part.fill([a + 1 for a in part.values])["weight"].item()
+      3.0
+    """
+
+    def __init__(self, tree: PyTree) -> None:
+        self._leaves, self._treedef = jax.tree.flatten(tree)
+        self._trained = [jnp.issubdtype(jnp.result_type(a), jnp.inexact) for a in self._leaves]
+
+    @property
+    def values(self) -> list[jax.Array]:
+        """The leaves."""
+        return [a for a, t in zip(self._leaves, self._trained, strict=True) if t]
+
+    def fill(self, values: list[jax.Array]) -> PyTree:
+        """Returns the tree with other floating-point leaves."""
+        given = iter(values)
+        pairs = zip(self._leaves, self._trained, strict=True)
+        return self._treedef.unflatten([next(given) if t else a for a, t in pairs])
+
+    def cotangents(self, values: list[jax.Array]) -> PyTree:
+        """Returns the same with None for all other leaves, as `jax.custom_vjp` wants it."""
+        given = iter(values)
+        return self._treedef.unflatten([next(given) if t else None for t in self._trained])
+
+
 def without_keys(tree: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
     """Replaces PRNG keys by their data: JAX 0.10 takes none in a differentiated `lax.cond`.
 

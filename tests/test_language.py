@@ -18,6 +18,7 @@ from deq_jax.training.optim import make_optimizer
 from deq_jax.training.parallel import batch_sharding, make_mesh
 from deq_jax.training.state import create_state
 from deq_jax.training.task import forward, init
+from experiments.common import collect
 from experiments.common import run as common_run
 from experiments.language_modeling import data, generate, main
 from experiments.language_modeling.presets import PRESETS
@@ -89,6 +90,8 @@ def test_it_trains_reports_and_generates(tmp_path, capsys, two_devices, small_te
     ):  # fmt: skip
         assert row in table
     (numbers,) = json.loads((tmp_path / "run" / "results.json").read_text()).values()
+    columns = collect.gather([tmp_path / "run"], by="jac.gamma")
+    assert list(columns) == [str(config.jac.gamma)]
     tokens = {"valid": 2 * 23 - 1, "test": 3 * 23 - 1}
     assert numbers["predicted"] == tokens
     assert numbers["words"] == len(set(TEXT.split())) + 1

@@ -160,32 +160,9 @@ class Adjoint(Protocol):
         ...
 
 
-class Floats:
-    """The floating-point leaves of operands, which are what has gradients.
-
-    Args:
-      operands: of a solve; the start and the budget are left out.
-    """
-
-    def __init__(self, operands: Operands) -> None:
-        self._leaves, self._treedef = jax.tree.flatten(operands._replace(z0=None, budget=None))
-        self._trained = [jnp.issubdtype(jnp.result_type(a), jnp.inexact) for a in self._leaves]
-
-    @property
-    def values(self) -> list[jax.Array]:
-        """The leaves."""
-        return [a for a, t in zip(self._leaves, self._trained, strict=True) if t]
-
-    def fill(self, values: list[jax.Array]) -> Operands:
-        """Returns the operands with other floating-point leaves."""
-        given = iter(values)
-        pairs = zip(self._leaves, self._trained, strict=True)
-        return self._treedef.unflatten([next(given) if t else a for a, t in pairs])
-
-    def cotangents(self, values: list[jax.Array]) -> Operands:
-        """Returns the same with None for all other leaves, as `jax.custom_vjp` wants it."""
-        given = iter(values)
-        return self._treedef.unflatten([next(given) if t else None for t in self._trained])
+def floats(operands: Operands) -> tree.Floats:
+    """Returns what of a solve has gradients: all but the start and the budget."""
+    return tree.Floats(operands._replace(z0=None, budget=None))
 
 
 def as_probe(stats: SolveStats) -> BackwardStats:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax import traced, tree
-from deq_jax.adjoints.base import BackwardStats, Call, Floats, Map, as_probe
+from deq_jax.adjoints.base import BackwardStats, Call, Map, as_probe, floats
 from deq_jax.adjoints.unroll import applied
 from deq_jax.solvers.base import (
     Keep,
@@ -146,8 +146,8 @@ def _backward(
     """The backward pass: cotangents of the operands, and statistics."""
     # One linearisation serves the loop and the derivatives after it: inside the loop only the
     # product with df/dz is alive, and the compiler drops the rest.
-    floats = Floats(operands)
-    _, vjp = jax.vjp(lambda z, values: at(program, floats.fill(values))(z), z, floats.values)
+    free = floats(operands)
+    _, vjp = jax.vjp(lambda z, values: at(program, free.fill(values))(z), z, free.values)
     v, unscaled = at_unit_scale(rule.solver, cotangent)
 
     # The residuals of the linearisation are operands of a fixed point of its own, so that the
@@ -161,7 +161,7 @@ def _backward(
     inner = Operands(held, ((vjp, v),), lax.stop_gradient(v), (None,), None)
     found = _implicit(system, rule, settings, inner, None)
     _, gradients = vjp(unscaled(found.value))
-    return floats.cotangents(gradients), found.stats
+    return free.cotangents(gradients), found.stats
 
 
 def _rooted(program: Traced, rule: Implicit, settings: Settings, operands: Operands) -> Outcome:

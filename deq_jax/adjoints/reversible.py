@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax import traced, tree
-from deq_jax.adjoints.base import Call, Floats
+from deq_jax.adjoints.base import Call, floats
 from deq_jax.solvers.base import Keep, Solution, Solver, StopMode, check_fraction
 from deq_jax.solvers.loop import Operands, Outcome, Settings, at, iterate
 from deq_jax.solvers.picard import Picard
@@ -171,13 +171,13 @@ def _invert(
 ) -> Operands:
     """Runs the iteration backward, with cotangents of the two iterates and of the operands."""
     b = solver.damping
-    floats = Floats(operands)
-    values = floats.values
+    free = floats(operands)
+    values = free.values
 
     def body(c: tuple) -> tuple:
         k, z, previous, d_z, d_previous, totals = c
         active = k < moves
-        image, vjp = jax.vjp(lambda z, v: at(program, floats.fill(v))(z), previous, values)
+        image, vjp = jax.vjp(lambda z, v: at(program, free.fill(v))(z), previous, values)
         u = tree.where(
             active, jax.tree.map(lambda d: b * d, d_z), jax.tree.map(jnp.zeros_like, d_z)
         )
@@ -193,4 +193,4 @@ def _invert(
     start = (jnp.int32(0), z, previous, cotangent, jax.tree.map(tree.zeros_like, z), zeros)
     *_, d_z, d_previous, totals = lax.while_loop(lambda c: jnp.any(c[0] < moves), body, start)
     gradients = [t.astype(a.dtype) for t, a in zip(totals, values, strict=True)]
-    return floats.cotangents(gradients)._replace(z0=jax.tree.map(jnp.add, d_z, d_previous))
+    return free.cotangents(gradients)._replace(z0=jax.tree.map(jnp.add, d_z, d_previous))

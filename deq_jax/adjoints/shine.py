@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_jax import traced, tree
-from deq_jax.adjoints.base import BackwardStats, Call, Floats, as_probe
+from deq_jax.adjoints.base import BackwardStats, Call, as_probe, floats
 from deq_jax.adjoints.implicit import at_unit_scale, sampled
 from deq_jax.solvers.anderson import Anderson
 from deq_jax.solvers.base import Keep, Solution, Solver, SolveStats, as_int, check_solver
@@ -147,8 +147,8 @@ def _backward(
     usable: jax.Array,
     cotangent: PyTree,
 ) -> tuple[Operands, SolveStats]:
-    floats = Floats(operands)
-    _, vjp = jax.vjp(lambda z, values: at(program, floats.fill(values))(z), z, floats.values)
+    free = floats(operands)
+    _, vjp = jax.vjp(lambda z, values: at(program, free.fill(values))(z), z, free.values)
     if isinstance(rule.refine, int):
         # By Anderson: plain refinement runs away where P is poor and J large.
         steps = max(1, rule.refine)
@@ -168,4 +168,4 @@ def _backward(
     found = iterate(settings, refined, precondition(v))
     u = tree.where(usable, found.value, v) if isinstance(rule.refine, int) else found.value
     _, gradients = vjp(unscaled(u))
-    return floats.cotangents(gradients), found.stats
+    return free.cotangents(gradients), found.stats

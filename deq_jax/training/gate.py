@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
+from deq_jax import tree
 from deq_jax.tree import PyTree
 
 
@@ -27,7 +27,7 @@ def value_if(
     Args:
       wanted: bool scalar.
       function: (operands, constants) -> scalar; it holds no array that is differentiated.
-      operands: any tree; the result is differentiable by its floating-point arrays.
+      operands: tree of arrays; the result is differentiable by the floating-point ones.
       constants: any tree, held constant.
       none: what is returned otherwise, a scalar of the dtype of the function's.
 
@@ -35,42 +35,36 @@ def value_if(
       function(operands, constants) or ``none``; differentiable once, in reverse mode.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> def area(wanted, side):
       ...     return value_if(wanted, lambda x, factor: factor * x * x, side, 2.0, jnp.float32(0))
-      >>> gradient = jax.grad(area, argnums=1)
-      >>> gradient(True, 3.0).item(), gradient(False, 3.0).item()
+      >>> gradient, side = jax.grad(area, argnums=1), jnp.float32(3)
+      >>> gradient(True, side).item(), gradient(False, side).item()
       (12.0, 0.0)
     """
-    leaves, treedef = jax.tree.flatten(operands)
-    inexact = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
-
-    def join(real: list, other: list) -> PyTree:
-        parts = iter(real), iter(other)
-        return jax.tree.unflatten(treedef, [next(parts[not is_real]) for is_real in inexact])
-
-    def value(real: list, other: list, constants: PyTree) -> jax.Array:
-        return function(join(real, other), constants)
 
     @jax.custom_vjp
-    def gated(
-        wanted: jax.Array, none: jax.Array, real: list, other: list, constants: PyTree
-    ) -> jax.Array:
-        return lax.cond(wanted, lambda: value(real, other, constants), lambda: none)
+    def gated(wanted: jax.Array, operands: PyTree, constants: PyTree, none: jax.Array) -> jax.Array:
+        return lax.cond(wanted, lambda: function(operands, constants), lambda: none)
 
     def forward(
-        wanted: jax.Array, none: jax.Array, real: list, other: list, constants: PyTree
-    ) -> tuple[jax.Array, list]:
-        return lax.cond(
-            wanted,
-            lambda: jax.value_and_grad(value)(real, other, constants),
-            lambda: (none, jax.tree.map(jnp.zeros_like, real)),
-        )
+        wanted: jax.Array, operands: PyTree, constants: PyTree, none: jax.Array
+    ) -> tuple[jax.Array, PyTree]:
+        floats = tree.Floats(operands)
 
-    def backward(gradient: list, cotangent: jax.Array) -> tuple:
-        scaled = [(cotangent * part).astype(part.dtype) for part in gradient]
-        return None, None, scaled, None, None
+        def value(values: list[jax.Array]) -> jax.Array:
+            return function(floats.fill(values), constants)
+
+        found, gradient = lax.cond(
+            wanted,
+            lambda: jax.value_and_grad(value)(floats.values),
+            lambda: (none, list(map(tree.zeros_like, floats.values))),
+        )
+        return found, floats.cotangents(gradient)
+
+    def backward(gradient: PyTree, cotangent: jax.Array) -> tuple:
+        scaled = jax.tree.map(lambda part: (cotangent * part).astype(part.dtype), gradient)
+        return None, scaled, None, None
 
     gated.defvjp(forward, backward)
-    real = [leaf for leaf, is_real in zip(leaves, inexact, strict=True) if is_real]
-    other = [leaf for leaf, is_real in zip(leaves, inexact, strict=True) if not is_real]
-    return gated(wanted, none, real, other, constants)
+    return gated(wanted, operands, constants, none)

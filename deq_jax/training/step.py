@@ -364,7 +364,7 @@ def _penalty(
         (params, x), (z, key) = operands, constants
         return deq.frobenius_penalty(f, params, z, x, key=key, probes=probes).astype(jnp.float32)
 
-    return value_if(penalise, penalty, (params, x), (lax.stop_gradient(z), key), none)
+    return value_if(penalise, penalty, (params, x), (z, key), none)
 
 
 def over_parts(
