@@ -235,12 +235,16 @@ def conditionals(jaxpr):
 
 
 def test_of_the_penalty_only_its_gradient_is_kept():
-    """A step without one would fill as much with zeros."""
+    """A step without one fills as much with zeros, for which it reads nothing."""
     _, mesh, state, step = build(with_jac(gamma=1.0, prob=0.5))
     program = jax.make_jaxpr(step)(state, place(BATCH, mesh))
     weights, injected, mask = example.WIDTH**2, 16 * example.WIDTH, 16 * example.WIDTH
-    kept = [sum(v.aval.size for v in e.outvars) for e in conditionals(program.jaxpr)]
-    assert max(kept) == 1 + weights + injected + mask
+    kept = {e: sum(v.aval.size for v in e.outvars) for e in conditionals(program.jaxpr)}
+    gate = max(kept, key=lambda e: kept[e])
+    assert kept[gate] == 1 + weights + injected + mask
+    skips = gate.params["branches"][0].jaxpr
+    read = {id(v) for e in skips.eqns for v in e.invars}
+    assert not read & set(map(id, skips.invars))
 
 
 def test_a_custom_solver_is_kept_in_evaluation_too():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from deq_jax import tree
@@ -51,6 +52,7 @@ def value_if(
         wanted: jax.Array, operands: PyTree, constants: PyTree, none: jax.Array
     ) -> tuple[jax.Array, PyTree]:
         floats = tree.Floats(operands)
+        types = list(map(jax.typeof, floats.values))
 
         def value(values: list[jax.Array]) -> jax.Array:
             return function(floats.fill(values), constants)
@@ -58,7 +60,8 @@ def value_if(
         found, gradient = lax.cond(
             wanted,
             lambda: jax.value_and_grad(value)(floats.values),
-            lambda: (none, list(map(tree.zeros_like, floats.values))),
+            # Zeros that do not read the operands, as `tree.zeros_like` would.
+            lambda: (none, tree.match(list(map(jnp.zeros_like, floats.values)), types)),
         )
         return found, floats.cotangents(gradient)
 
