@@ -70,10 +70,9 @@ def frobenius_penalty(
     squared_norms = functools.partial(_squared_norms, out, vjp)
     if probes == 1:
         return squared_norms(key).sum() / size
-    # Recomputed in the backward pass: only one probe's intermediate values are ever stored.  The
-    # samples, which may lie on several devices, are summed after the loop.
-    body = jax.checkpoint(squared_norms, prevent_cse=False)
-    return lax.map(body, jax.random.split(key, probes)).sum() / (size * probes)
+    keys = jax.random.split(key, probes)
+    function, operands = jax.closure_convert(squared_norms, keys[0])
+    return _sum_over(function, keys, tree.vary(operands, z)) / (size * probes)
 
 
 def penalty_per_sample(
@@ -202,6 +201,33 @@ def _squared_norms(out: PyTree, vjp: Callable, key: jax.Array) -> jax.Array:
     flat, unravel = tree.batch_ravel(out)
     (row,) = vjp(unravel(_normal_like(key, flat)))
     return tree.dot(row, row)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _sum_over(function: Callable[..., jax.Array], keys: jax.Array, operands: list) -> jax.Array:
+    """Sum of function(key, *operands), [B], over keys and samples.
+
+    The samples, which may lie on several devices, are summed after the loop.
+    """
+    return lax.map(lambda key: function(key, *operands), keys).sum()
+
+
+@_sum_over.defjvp
+def _sum_over_jvp(function: Callable[..., jax.Array], primals: tuple, tangents: tuple) -> tuple:
+    """Takes the gradient key by key, so that the intermediate values of only one are ever stored.
+
+    Autodiff of the loop would store those of all, or compute them again in the backward pass.
+    """
+    (keys, operands), (_, d_operands) = primals, tangents
+
+    def add(total: list, key: jax.Array) -> tuple[list, jax.Array]:
+        values, vjp = jax.vjp(lambda *operands: function(key, *operands), *operands)
+        return [a + b for a, b in zip(total, vjp(jnp.ones_like(values)), strict=True)], values
+
+    gradient, values = lax.scan(add, list(map(tree.zeros_like, operands)), keys)
+    value = values.sum()
+    slopes = (jnp.sum(a * d).astype(value.dtype) for a, d in zip(gradient, d_operands, strict=True))
+    return value, sum(slopes, jnp.zeros_like(value))
 
 
 def _linearized(f: _StateMap, params: PyTree, z: PyTree, x: PyTree):

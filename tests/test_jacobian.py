@@ -124,6 +124,31 @@ def test_penalty_and_gradient_are_those_of_the_explicit_jacobian(x64, probes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), grads, exact)
 
 
+def test_many_probes_have_forward_and_second_derivatives(x64):
+    params, z, x = cell_operands(dtype=jnp.float64)
+
+    def estimate(params):
+        return frobenius_penalty(cell, params, z, x, key=KEY, probes=3)
+
+    def one_by_one(params):
+        keys = jax.random.split(KEY, 3)
+        return sum(frobenius_penalty(cell, params, z, x, key=key) for key in keys) / 3
+
+    def derivatives(function):
+        forward = jax.jvp(function, (params,), (params,))
+        gradient = jax.grad(lambda p: jax.jvp(function, (p,), (params,))[1])
+        return *forward, gradient(params)
+
+    got, wanted = derivatives(estimate), derivatives(one_by_one)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), got, wanted)
+
+
+def test_gradient_takes_one_pass_over_the_probes():
+    params, z, x = cell_operands()
+    gradient = jax.grad(lambda p: frobenius_penalty(cell, p, z, x, key=KEY, probes=2))
+    assert str(jax.make_jaxpr(gradient)(params)).count(" scan[") == 1
+
+
 def test_z_is_held_constant():
     params, z, x = cell_operands()
     grad = jax.grad(lambda z: frobenius_penalty(cell, params, z, x, key=KEY))(z)
