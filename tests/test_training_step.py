@@ -23,17 +23,11 @@ from deq_jax.training import (
     metrics,
     parallel,
 )
+from deq_jax.training.draw import draw_budget, draw_step, is_penalised, penalty_weight
 from deq_jax.training.optim import make_optimizer
 from deq_jax.training.parallel import place
 from deq_jax.training.state import create_state, split_seed
-from deq_jax.training.step import (
-    draw_budget,
-    draw_step,
-    forward_metrics,
-    is_penalised,
-    make_update,
-    penalty_weight,
-)
+from deq_jax.training.step import forward_metrics, make_update
 from deq_jax.training.task import for_phase, forward
 
 # Programs of plain iteration compile in a third of Anderson's time.
