@@ -279,12 +279,12 @@ def test_models_that_do_not_fit_are_refused():
         jax.eval_shape(lambda k: model.init(k, IMAGES, train=False), jax.random.key(0))
 
 
-@pytest.fixture(params=["cpu", "default"])
+@pytest.fixture(params=["cpu", "cuda", "default"])
 def platform(request, monkeypatch):
-    """Takes the branches of a CPU, or those of all other platforms, on this one."""
+    """Takes the branches of a CPU, of a GPU, or of platforms without their own, on this one."""
 
-    def choose(*operands, **branches):
-        return branches[request.param](*operands)
+    def choose(*operands, default, **branches):
+        return branches.get(request.param, default)(*operands)
 
     monkeypatch.setattr(jax.lax, "platform_dependent", choose)
     return request.param
