@@ -224,10 +224,11 @@ def _sum_over_jvp(function: Callable[..., jax.Array], primals: tuple, tangents: 
         values, vjp = jax.vjp(lambda *operands: function(key, *operands), *operands)
         return [a + b for a, b in zip(total, vjp(jnp.ones_like(values)), strict=True)], values
 
-    gradient, values = lax.scan(add, list(map(tree.zeros_like, operands)), keys)
+    zeros = [tree.zeros_like(a, jnp.promote_types(a.dtype, jnp.float32)) for a in operands]
+    gradient, values = lax.scan(add, zeros, keys)
     value = values.sum()
-    slopes = (jnp.sum(a * d).astype(value.dtype) for a, d in zip(gradient, d_operands, strict=True))
-    return value, sum(slopes, jnp.zeros_like(value))
+    slopes = (jnp.sum(a * d).real for a, d in zip(gradient, d_operands, strict=True))
+    return value, sum(slopes, jnp.zeros_like(value)).astype(value.dtype)
 
 
 def _linearized(f: _StateMap, params: PyTree, z: PyTree, x: PyTree):
