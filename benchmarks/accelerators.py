@@ -342,7 +342,7 @@ def _columns(rows: list[dict]) -> dict[str, Any]:
         "temporaries MiB": scaled("temporaries", MIB, ",.0f"),
         "of the explicit": of_the_explicit,
         "GFLOPs of f": scaled("flops_f", 1e9, ".2f"),
-        "MB of f": scaled("bytes_f", 1e6, ".1f"),
+        "MB of f": scaled("bytes_f", 1e6, ",.1f"),
         "least ms of f": scaled("least_f", 1e-3, ".3f"),
         "of a step": scaled("least_step", 1e-3, ".2f"),
     }

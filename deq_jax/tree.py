@@ -157,10 +157,11 @@ def widest(tree: PyTree) -> Any:
 def zeros_like(a: jax.Array, dtype: Any = None) -> jax.Array:
     """Zeros that are sharded, and vary over mesh axes, as an array does.
 
-    `jnp.zeros_like` forgets the sharding of explicit axes under a jit without `jax.set_mesh`.
+    `jnp.zeros_like` forgets the sharding of explicit axes under a jit without `jax.set_mesh`.  The
+    array is read: of constant zeros XLA holds a solver's history twice (`tests/test_cost.py`).
 
     Args:
-      a: any array of real numbers.
+      a: any array.
       dtype: of the zeros, that of ``a`` if None.
 
     Returns:

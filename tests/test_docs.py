@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from absl import flags as absl_flags
 
@@ -122,21 +123,13 @@ def test_papers_that_the_code_names_are_on_the_page():
     assert named and named <= set(number.findall(page))
 
 
-def numbers(tree: object) -> list[float]:
-    """All numbers of a JSON value."""
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    if isinstance(tree, list):
-        return [number for branch in tree for number in numbers(branch)]
-    return [tree] if isinstance(tree, int | float) else []
-
-
 def test_accuracies_of_a_section_are_those_of_its_numbers():
     page = DOCS / "results" / "cifar10_small.md"
     for section in re.split(r"(?m)^## ", page.read_text(encoding="utf-8")):
         files = re.findall(r"\((\w+\.json)\)", section)
         texts = [(page.parent / file).read_text(encoding="utf-8") for file in files]
-        recorded = [100 * number for text in texts for number in numbers(json.loads(text))]
+        leaves = jax.tree.leaves(list(map(json.loads, texts)))
+        recorded = [100 * leaf for leaf in leaves if isinstance(leaf, int | float)]
         tables = "\n".join(line for line in section.splitlines() if line.startswith("|"))
         shown = [float(percent) for percent in re.findall(r"([\d.]+) %", tables)]
         assert shown

@@ -163,7 +163,7 @@ def _group_means(a: jax.Array, b: jax.Array, groups: int) -> tuple[jax.Array, ja
         return spread_mean(a), spread_mean(b)
 
     def together(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """A kernel less on a GPU, in what autodiff makes of it too; more memory on a TPU."""
+        """A kernel less on a GPU, where `_sum_both` has no transpose; more memory on a TPU."""
         means = spread_mean(lax.complex(a, b))
         return means.real, means.imag
 
